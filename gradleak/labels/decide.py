@@ -1,0 +1,248 @@
+"""From refined candidates to a verdict: the answer, its rivals, or why there is none (§3).
+
+The verdict is about evidence. ``unique``: one family explains the gradient to its own precision
+and every other explanation is less plausible by a factor of at least exp(3). ``ambiguous``: a
+different label is about as plausible. ``unidentifiable``: the label moves along an interval without
+the gradient noticing, or no family applies and any point of an interval would do.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gradleak.labels.problem import FamilyTable, ScaleProblem
+from gradleak.labels.refine import Fits, log_evidence
+from gradleak.labels.search import scale_grid
+from gradleak.labels.verdict import Interval, SampleLabel, Verdict
+from gradleak.softlabels import ARBITRARY, family_name
+
+# A fit may exceed the noise model by this factor (in standard deviations) before it is no fit.
+_ACCEPTABLE = 30.0
+# Two explanations whose log evidence differs by less than this are both on the table.
+_DECISIVE = 3.0
+# Labels closer than this, or than their own uncertainty, are the same answer.
+_SAME_LABEL = 1e-5
+# A label known less precisely than this is not determined.
+_DETERMINED = 0.02
+_SIGMAS = 5.0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The verdict on one gradient: ``answer`` and its (C,) float64 ``label``, or None."""
+
+    verdict: Verdict
+    reason: str
+    answer: SampleLabel | None = None
+    label: Tensor | None = None
+    alternatives: tuple[SampleLabel, ...] = ()
+    intervals: tuple[Interval, ...] = ()
+
+
+def decide(
+    problem: ScaleProblem, fits: Fits, table: FamilyTable, *, scale_known: bool = False
+) -> list[Decision]:
+    """Weigh the candidates of each of the B problems and return one decision per problem."""
+    misfit = torch.where(fits.feasible, fits.chi2 / fits.freedom.clamp(min=1), math.inf)
+    inflation = misfit.amin(1).clamp(min=1.0)
+    evidence = torch.where(
+        fits.feasible & (misfit <= _ACCEPTABLE**2),
+        log_evidence(problem, fits, table, inflation.clamp(max=_ACCEPTABLE**2)),
+        -math.inf,
+    )
+    return [
+        _decide_one(problem, _row(fits, b), table, evidence[b], float(inflation[b]), b, scale_known)
+        for b in range(len(evidence))
+    ]
+
+
+def simplex_intervals(problem: ScaleProblem, index: int) -> tuple[Interval, ...]:
+    """Return the intervals of the signed scale for which y(s) stays in the simplex."""
+    one = _single(problem, index)
+    grid = scale_grid(one)
+    found = []
+    for sign in (1.0, -1.0):
+        point = one.at(sign * grid)
+        slack = 4.0 * one.variance(point).sqrt()
+        inside = ((point.y >= -slack) & (point.y <= 1.0 + slack)).all(-1)[0]
+        edges = torch.diff(inside.int(), prepend=inside.new_zeros(1), append=inside.new_zeros(1))
+        starts = (edges == 1).nonzero()[:, 0].tolist()
+        ends = (edges == -1).nonzero()[:, 0].tolist()
+        for first, last in zip(starts, ends, strict=True):
+            low, high = sorted((sign * float(grid[0, first]), sign * float(grid[0, last - 1])))
+            found.append(Interval(low, high))
+    return tuple(found)
+
+
+def _decide_one(
+    problem: ScaleProblem,
+    fits: Fits,
+    table: FamilyTable,
+    evidence: Tensor,
+    inflation: float,
+    index: int,
+    scale_known: bool,
+) -> Decision:
+    classes = problem.classes
+    order = [int(i) for i in evidence.argsort(descending=True) if evidence[i] > -math.inf]
+    if not order:
+        return _without_family(problem, fits, table, index, scale_known)
+    spread = math.sqrt(inflation)
+    best = order[0]
+    answer = _sample(fits, best, table, spread, classes)
+    label = dense_label(answer, classes)
+    rivals = []
+    for other in order[1:]:
+        rival = _sample(fits, other, table, spread, classes)
+        apart = float((dense_label(rival, classes) - label).abs().max())
+        same = _SAME_LABEL + _SIGMAS * math.hypot(answer.uncertainty(), rival.uncertainty())
+        plausible = float(evidence[best] - evidence[other]) < _DECISIVE
+        if plausible and (apart > same or rival.uncertainty() * _SIGMAS > _DETERMINED):
+            rivals.append(rival)
+    loose = [s for s in (answer, *rivals) if s.uncertainty() * _SIGMAS > _DETERMINED]
+    if loose and not (problem.noise[index] > 0):
+        return Decision(
+            "unidentifiable",
+            "the softmax is saturated: at this precision the gradient fits a whole interval of "
+            "labels, of which one is shown",
+            answer,
+            label,
+            tuple(rivals),
+            simplex_intervals(problem, index),
+        )
+    if rivals:
+        return Decision(
+            "ambiguous",
+            f"{len(rivals) + 1} labels explain the gradient about equally well",
+            answer,
+            label,
+            tuple(rivals),
+        )
+    if scale_known:
+        reason = "the bias gradient gives the label in closed form"
+    else:
+        reason = f"one root of the {answer.family} family fits the gradient to its precision"
+    return Decision("unique", reason, answer, label)
+
+
+def _without_family(
+    problem: ScaleProblem, fits: Fits, table: FamilyTable, index: int, scale_known: bool
+) -> Decision:
+    """No family explains the gradient: say what is still known."""
+    one = _single(problem, index)
+    if scale_known:
+        return _closed_form(one, fits)
+    intervals = simplex_intervals(problem, index)
+    if not intervals:
+        return Decision(
+            "failed",
+            "no scale gives a label in the simplex: the weights are not those the gradient was "
+            "taken at, or the loss was scaled",
+        )
+    widest = max(intervals, key=lambda i: abs(math.log(i.high / i.low)))
+    middle = math.copysign(math.sqrt(widest.low * widest.high), widest.low)
+    ends = torch.tensor([[widest.low, middle, widest.high]], dtype=one.a.dtype, device=one.a.device)
+    labels = one.at(ends).y[0]
+    label = labels[1].clamp(min=0.0)
+    label = label / label.sum()
+    few = problem.classes < int(table.support.max()) + 3
+    why = (
+        f"{problem.classes} classes leave too few equations outside the label's support"
+        if few
+        else "no label family fits: an arbitrary soft label"
+    )
+    width = 0.5 * (labels[0] - labels[2]).abs()
+    return Decision(
+        "unidentifiable",
+        f"{why}; without a bias gradient every scale in the interval gives a valid label",
+        _arbitrary(label, width, middle, 0.5 * abs(widest.high - widest.low)),
+        label,
+        intervals=intervals,
+    )
+
+
+def _closed_form(one: ScaleProblem, fits: Fits) -> Decision:
+    """The scale is known and the label is its own family: any point of the simplex."""
+    point = one.at(fits.scale[None, :1])
+    label, error = point.y[0, 0], one.variance(point)[0, 0].sqrt()
+    if bool((label < -20.0 * error - 1e-6).any()):
+        return Decision(
+            "failed",
+            f"the closed form leaves the simplex (smallest entry {float(label.min()):.2g}): the "
+            "weights are not those of the gradient, or the loss was scaled",
+        )
+    label = label.clamp(min=0.0)
+    label = label / label.sum()
+    return Decision(
+        "unique",
+        "the bias gradient gives the label in closed form; it belongs to no family",
+        _arbitrary(label, error, float(fits.scale[0]), 0.0),
+        label,
+    )
+
+
+def dense_label(sample: SampleLabel, classes: int) -> Tensor:
+    """Return the (C,) float64 label that ``sample`` describes."""
+    label = torch.full((classes,), sample.base, dtype=torch.float64)
+    label[list(sample.classes)] = torch.tensor(sample.weights, dtype=torch.float64)
+    return label
+
+
+def _sample(fits: Fits, m: int, table: FamilyTable, spread: float, classes: int) -> SampleLabel:
+    """Describe candidate ``m`` of one problem, its label made to sum to one exactly."""
+    support = int(table.support[fits.family[m]])
+    free = bool(table.base[fits.family[m]])
+    weights = fits.weights[m, :support].tolist()
+    base = float(fits.base[m])
+    excess = (sum(weights) + (classes - support) * base - 1.0) / support
+    return SampleLabel(
+        family=family_name(support, free),
+        classes=tuple(fits.top[m, :support].tolist()),
+        weights=tuple(weight - excess for weight in weights),
+        base=base,
+        scale=float(fits.scale[m]),
+        weight_errors=tuple(_finite(e * spread) for e in fits.weight_error[m, :support].tolist()),
+        base_error=_finite(float(fits.base_error[m]) * spread),
+        scale_error=_finite(float(fits.scale_error[m] * fits.scale[m].abs()) * spread),
+    )
+
+
+def _arbitrary(label: Tensor, error: Tensor, scale: float, scale_error: float) -> SampleLabel:
+    order = label.argsort(descending=True)
+    return SampleLabel(
+        family=ARBITRARY,
+        classes=tuple(order.tolist()),
+        weights=tuple(label[order].tolist()),
+        base=0.0,
+        scale=scale,
+        weight_errors=tuple(error[order].tolist()),
+        base_error=0.0,
+        scale_error=scale_error,
+    )
+
+
+def _finite(value: float) -> float:
+    """Cap a standard error where the parameter is not determined at all."""
+    return value if value < 1e30 else math.inf
+
+
+def _row(fits: Fits, index: int) -> Fits:
+    """Return the fits of one problem: every (B, M, …) field at ``index``."""
+    fields = {name: value[index] for name, value in vars(fits).items() if name != "family"}
+    return replace(fits, **fields)
+
+
+def _single(problem: ScaleProblem, index: int) -> ScaleProblem:
+    part = slice(index, index + 1)
+    return ScaleProblem(
+        a=problem.a[part],
+        b=problem.b[part],
+        u=problem.u[part],
+        sigma=problem.sigma[part],
+        noise=problem.noise[part],
+        unit=problem.unit,
+    )

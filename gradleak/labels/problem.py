@@ -1,0 +1,116 @@
+"""The one-scalar problem of ALGORITHMS §3: everything about a sample follows from its scale s.
+
+A gradient of one sample is G = σ u vᵀ, so its feature is x = s v with one unknown s, and
+
+    p(s) = softmax(s a + b),   a = W v        δ(s) = (σ/s) u        y(s) = p(s) − δ(s).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradleak.softlabels import Family
+
+# Rounding of a float32 softmax cross-entropy in units of the gradient's own roundoff: a few for
+# the exponentials and sums, and as many as the logits are large, since p carries their absolute
+# error as a relative one.
+_SOFTMAX_ROUNDINGS = 4.0
+# Below this a probability is gone from float32 and its class says nothing.
+_UNDERFLOW = 1e-37
+
+
+@dataclass(frozen=True)
+class ScaleProblem:
+    """B gradients of one sample each, of which only the scale is unknown.
+
+    ``a``, ``b``, ``u`` are (B, C) float64 (logit direction, head bias, left singular vector),
+    ``sigma`` (B,), ``noise`` (B,) the standard deviation of additive noise on one gradient entry
+    (0 for a noiseless gradient), ``unit`` the roundoff of the gradient's dtype.
+    """
+
+    a: Tensor
+    b: Tensor
+    u: Tensor
+    sigma: Tensor
+    noise: Tensor
+    unit: float
+
+    @property
+    def classes(self) -> int:
+        """Number of classes C."""
+        return self.a.shape[-1]
+
+    def smallest_scale(self) -> Tensor:
+        """Return (B,) the smallest possible |s|: p and y are distributions, so Σ|δ| ≤ 2."""
+        return 0.5 * self.sigma * self.u.abs().sum(1)
+
+    def at(self, scale: Tensor) -> Point:
+        """Evaluate the label and its slope at scales ``(B, M)``."""
+        s = scale[..., None]
+        logits = s * self.a[:, None] + self.b[:, None]
+        p = torch.softmax(logits, -1)
+        delta = (self.sigma[:, None] / scale)[..., None] * self.u[:, None]
+        slope = s * p * (self.a[:, None] - (p * self.a[:, None]).sum(-1, keepdim=True)) + delta
+        return Point(scale, p, delta, p - delta, slope, logits.abs().amax(-1))
+
+    def variance(self, point: Point) -> Tensor:
+        """Return (B, M, C) the variance of y(s): rounding of p and δ, and the additive noise."""
+        relative = self.rounding(point)[..., None]
+        additive = (self.noise[:, None] / point.scale).square()[..., None]
+        floor = (relative * _UNDERFLOW).square()
+        squares = point.p.square() + point.delta.square() + point.y.square()
+        return relative.square() * squares + additive + floor
+
+    def rounding(self, point: Point) -> Tensor:
+        """Return (B, M) the relative rounding error expected of a probability."""
+        return self.unit * (_SOFTMAX_ROUNDINGS + point.reach)
+
+
+@dataclass(frozen=True)
+class Point:
+    """The problem evaluated at ``scale`` (B, M): tensors (B, M, C).
+
+    ``slope`` is ∂y/∂log|s|; ``reach`` (B, M) the largest absolute logit.
+    """
+
+    scale: Tensor
+    p: Tensor
+    delta: Tensor
+    y: Tensor
+    slope: Tensor
+    reach: Tensor
+
+    def informative(self) -> Tensor:
+        """Return (B, M, C) where float32 has kept anything of the probability or of δ."""
+        return (self.p > _UNDERFLOW) | (self.delta != 0)
+
+
+@dataclass(frozen=True)
+class FamilyTable:
+    """The families under consideration as tensors: ``support`` (F,) int64 and ``base`` (F,) bool."""
+
+    support: Tensor
+    base: Tensor
+
+    @classmethod
+    def of(cls, families: Sequence[Family], device: torch.device) -> FamilyTable:
+        """Build the table of ``families`` on ``device``."""
+        return cls(
+            torch.tensor([f.support for f in families], device=device),
+            torch.tensor([f.base for f in families], device=device),
+        )
+
+
+def largest_first(y: Tensor, count: int) -> Tensor:
+    """Return (..., min(count, C − 1)) the classes of the largest entries of ``y``, descending."""
+    return y.topk(min(count, y.shape[-1] - 1), -1).indices
+
+
+def rest_mask(y: Tensor, top: Tensor, support: Tensor) -> Tensor:
+    """Return (..., C) bool: the classes outside the support, the ``support`` (...) first of ``top``."""
+    inside = torch.arange(top.shape[-1], device=y.device) < support[..., None]
+    return torch.ones_like(y, dtype=torch.bool).scatter(-1, top, ~inside)

@@ -1,0 +1,138 @@
+"""Finding every candidate scale: the scale-free residual ρ(s) on a grid of both signs (§3).
+
+    ρ(s) = Var_rest[u − (s/σ) p(s)] / Var_rest[u],     rest = all classes outside the support
+
+With a base of zero the variance becomes the mean square. ρ is the variance loss of the paper
+(arXiv 2402.03124, §4) in units of the gradient, which removes its trivial zero at |s| → ∞.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradleak.labels.problem import FamilyTable, ScaleProblem, largest_first
+
+# Steps of the grid in the dimensionless scale s·range(a): logarithmic while the logits are small,
+# linear while the softmax turns, logarithmic again once it saturates.
+_LOG_STEP, _LINEAR_STEP = 0.1, 0.4
+_SATURATED, _END = 60.0, 1e5
+_SATURATED_STEP = 0.02
+_KEEP = 4
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Starting points for refinement: ``scale`` (B, M) and ``family`` (M,), a table index."""
+
+    scale: Tensor
+    family: Tensor
+
+
+def scale_grid(problem: ScaleProblem) -> Tensor:
+    """Return (B, S) positive scales, fine enough for every dip of ρ that the logits allow.
+
+    It starts at the smallest possible scale and ends where the softmax has long saturated. A head
+    whose logits do not depend on the scale (range(a) = 0) gets an ordinary logarithmic grid.
+    """
+    spread = problem.a.amax(1) - problem.a.amin(1)
+    start = problem.smallest_scale()
+    reach = torch.where(spread > 0, spread, 1.0 / start)
+    first = (start * reach).clamp(1e-12, _END / 2.0)
+    # n(t) counts the steps from 0 on the first branch; its inverse places the grid points.
+    bend, ratio = _LINEAR_STEP / _LOG_STEP, _SATURATED_STEP
+    linear = (_SATURATED - bend) / _LINEAR_STEP
+    steps = torch.where(
+        first < bend,
+        torch.log(first / bend) / _LOG_STEP,
+        torch.where(
+            first < _SATURATED,
+            (first - bend) / _LINEAR_STEP,
+            linear + torch.log(first / _SATURATED) / ratio,
+        ),
+    )
+    # Far beyond saturation only the ratio of δ to p matters, and a coarser step serves.
+    fast = math.log(_END / (20.0 * _SATURATED)) / _LOG_STEP
+    last = linear + math.log(20.0) / ratio
+    count = int((last + fast - steps).amax().ceil()) + 1
+    n = steps[:, None] + torch.arange(count, device=steps.device, dtype=torch.float64)
+    grid = torch.where(
+        n < 0,
+        bend * torch.exp(_LOG_STEP * n.clamp(max=0.0)),
+        torch.where(
+            n < linear,
+            bend + _LINEAR_STEP * n,
+            torch.where(
+                n < last,
+                _SATURATED * torch.exp(ratio * (n.clamp(max=last) - linear)),
+                20.0 * _SATURATED * torch.exp(_LOG_STEP * (n - last).clamp(max=fast)),
+            ),
+        ),
+    )
+    return grid / reach[:, None]
+
+
+def residual_curves(problem: ScaleProblem, scale: Tensor, table: FamilyTable) -> Tensor:
+    """Return ρ (F, B, S) for every family at scales ``(B, S)``; inf where it is undetermined.
+
+    The support at a scale is the largest entries of y(s). A family needs two classes outside its
+    support, and one more for a free base.
+    """
+    logits = scale[..., None] * problem.a[:, None] + problem.b[:, None]
+    ratio = (scale / problem.sigma[:, None])[..., None]
+    u = problem.u[:, None].expand_as(logits)
+    # (s/σ) y, the label in units of the gradient: ρ(s) needs no other normalisation.
+    r = torch.softmax(logits, -1).mul_(ratio).sub_(u)
+    top = largest_first(r * ratio.sign(), int(table.support.max()))
+    r_sums, u_sums = _rest_sums(r, top), _rest_sums(u, top)
+    undetermined = torch.full(scale.shape, math.inf, dtype=r.dtype, device=r.device)
+    curves = []
+    for k, base in zip(table.support.tolist(), table.base.tolist(), strict=True):
+        rest = problem.classes - k
+        if rest < 2 + int(base) or k > top.shape[-1]:
+            curves.append(undetermined)
+            continue
+        (r_sum, r_square), (u_sum, u_square) = r_sums[k - 1], u_sums[k - 1]
+        if base:
+            r_square = (r_square - r_sum.square() / rest).clamp(min=0.0)
+            u_square = u_square - u_sum.square() / rest
+        curves.append(r_square / u_square.clamp(min=1e-300))
+    return torch.stack(curves)
+
+
+def _rest_sums(t: Tensor, top: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return Σ t and Σ t² over all classes but the k largest, for k = 1 … K.
+
+    The excluded entries can exceed the rest by many orders, so they are added back rather than
+    subtracted.
+    """
+    rest = t.scatter(-1, top, 0.0)
+    total, square = rest.sum(-1), torch.linalg.vecdot(rest, rest)
+    sums = [(total, square)]
+    for excluded in t.gather(-1, top)[..., 1:].unbind(-1)[::-1]:
+        total, square = total + excluded, square + excluded.square()
+        sums.insert(0, (total, square))
+    return sums
+
+
+def find_candidates(problem: ScaleProblem, table: FamilyTable) -> Candidates:
+    """Return the best local minima of ρ over both signs and every family."""
+    grid = scale_grid(problem)
+    scales, kinds = [], []
+    for sign in (1.0, -1.0):
+        curves = residual_curves(problem, sign * grid, table)
+        edge = torch.full_like(curves[..., :1], math.inf)
+        before = torch.cat([edge, curves[..., :-1]], -1)
+        after = torch.cat([curves[..., 1:], edge], -1)
+        minimum = (curves <= before) & (curves <= after)
+        depth = torch.where(minimum, curves, math.inf)
+        best = depth.topk(min(_KEEP, depth.shape[-1]), -1, largest=False).indices  # (F, B, K)
+        chosen = (sign * grid).expand(len(curves), -1, -1).gather(-1, best)
+        scales.append(chosen.permute(1, 0, 2).flatten(1))
+        kinds.append(
+            torch.arange(len(curves), device=grid.device).repeat_interleave(best.shape[-1])
+        )
+    return Candidates(torch.cat(scales, 1), torch.cat(kinds))

@@ -1,0 +1,144 @@
+"""One sample: its label and feature from the gradient of the head alone (ALGORITHMS §2–3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradleak.errors import InputError
+from gradleak.labels.decide import Decision, decide
+from gradleak.labels.factorise import RankOne, leading_triple, matvec, precision, rank_of
+from gradleak.labels.problem import FamilyTable, ScaleProblem
+from gradleak.labels.refine import describe, refine
+from gradleak.labels.search import find_candidates
+from gradleak.labels.verdict import LabelResult
+from gradleak.softlabels import FAMILIES, Family
+
+# Column sums that rounding explains: relative to the gradient, and in roundings of p times the
+# largest plausible mean feature, since a confident δ is no larger than the rounding of p itself.
+_COLUMN_SUMS, _ROUNDINGS, _LARGEST_FEATURE = 1e-3, 16.0, 100.0
+
+
+def recover_single(
+    grad_weight: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    grad_bias: Tensor | None = None,
+    families: Sequence[Family] = FAMILIES,
+    method: str = "auto",
+) -> LabelResult:
+    """Recover the soft label and the head's input feature of one sample.
+
+    ``grad_weight`` and ``weight`` are (C, D), ``bias`` and ``grad_bias`` (C,) or None. With a bias
+    gradient the closed form of §2 answers for any label (``method='bias'``); without one the
+    scale search of §3 does (``method='scale'``); ``auto`` prefers the former.
+
+    Raises :class:`InputError` when the gradient is not of softmax cross-entropy (Theorem 1 of arXiv
+    2402.03124: every column sums to zero over the classes).
+    """
+    classes, width = grad_weight.shape
+    leading = leading_triple(grad_weight[None])
+    if float(leading.sigma) == 0.0:
+        return LabelResult(
+            "unidentifiable", "the gradient is exactly zero and determines nothing", "none", None, 0
+        )
+    rank = rank_of(grad_weight[None], leading)
+    check_column_sums(grad_weight, rank.noise if rank.noisy else 0.0)
+    if rank.rank != 1:
+        most = min(classes - 1, width)
+        count = f"at least {most}" if rank.rank >= most else f"about {rank.rank}"
+        return LabelResult(
+            "failed",
+            f"the head gradient has rank {rank.rank}: a batch of {count} samples, and only single "
+            "samples are solved",
+            "none",
+            None,
+            rank.rank,
+            noise=rank.noise,
+        )
+    closed = grad_bias is not None and method != "scale"
+    problem = ScaleProblem(
+        a=matvec(weight[None], leading.v),
+        b=torch.zeros_like(leading.u) if bias is None else bias.double()[None],
+        u=leading.u,
+        sigma=leading.sigma,
+        noise=torch.full_like(leading.sigma, rank.noise if rank.noisy else 0.0),
+        unit=precision(grad_weight.dtype),
+    )
+    table = FamilyTable.of(families, grad_weight.device)
+    if closed:
+        assert grad_bias is not None
+        scale = _scale_from_bias(leading, grad_bias)
+        every = torch.arange(len(families), device=scale.device)
+        fits = describe(problem, scale.expand(1, len(families)), every, table, scale_known=True)
+    else:
+        fits = refine(problem, find_candidates(problem, table), table)
+    decision = decide(problem, fits, table, scale_known=closed)[0]
+    return _result(decision, problem, leading, rank.noise, "bias" if closed else "scale")
+
+
+def check_column_sums(grad_weight: Tensor, noise: float) -> None:
+    """Raise :class:`InputError` unless every column of ``(C, D)`` sums to zero over the classes.
+
+    ``noise`` is the standard deviation of additive noise on one entry, 0 for none.
+    """
+    classes, width = grad_weight.shape
+    total = grad_weight.sum(0, dtype=torch.float64).abs().sum().item()
+    size = grad_weight.abs().sum(dtype=torch.float64).item()
+    rounding = _ROUNDINGS * precision(grad_weight.dtype)
+    allowed = max(_COLUMN_SUMS, rounding) * size + rounding * _LARGEST_FEATURE * width
+    allowed += 4.0 * noise * math.sqrt(classes) * width
+    if total > allowed:
+        raise InputError(
+            f"the columns of the head gradient sum to {total / size:.2g} of its size over the "
+            "classes instead of zero, so it is not a softmax cross-entropy gradient",
+            "check the loss and the head (--head NAME)",
+        )
+
+
+def _scale_from_bias(leading: RankOne, grad_bias: Tensor) -> Tensor:
+    """Return (1,) the signed scale s = σ uᵀδ / ‖δ‖² of x = Gᵀδ / ‖δ‖² with δ the bias gradient."""
+    delta = grad_bias.double()
+    square = delta.square().sum()
+    along = leading.u[0] @ delta
+    rest = (square - along.square()).clamp(min=0.0) / square.clamp(min=1e-300)
+    if not float(square) > 0.0 or float(rest) > 1e-2:
+        raise InputError(
+            "the bias gradient and the weight gradient of the head do not belong together",
+            "capture both in one step, or leave the bias gradient out",
+        )
+    return leading.sigma * along / square
+
+
+def _result(
+    decision: Decision, problem: ScaleProblem, leading: RankOne, noise: float, method: str
+) -> LabelResult:
+    """Assemble the answer, with the residual of the head gradient re-simulated from it."""
+    answer, label = decision.answer, decision.label
+    labels = features = residual = None
+    if answer is not None and label is not None:
+        scale = torch.tensor([[answer.scale]], dtype=problem.a.dtype, device=problem.a.device)
+        delta = problem.at(scale).p[0, 0] - label.to(scale.device)
+        # ‖G − δ xᵀ‖² splits along v: what the label misses of σ u, and what rank one misses of G.
+        along = (problem.sigma[0] * problem.u[0] - answer.scale * delta).norm() / problem.sigma[0]
+        residual = math.hypot(float(along), float(leading.residual[0]))
+        labels = label[None]
+        features = answer.scale * leading.v
+    return LabelResult(
+        verdict=decision.verdict,
+        reason=decision.reason,
+        method=method,
+        family=None if answer is None else answer.family,
+        batch_size=1,
+        samples=() if answer is None else (answer,),
+        labels=labels,
+        features=features,
+        residual=residual,
+        noise=noise,
+        alternatives=decision.alternatives,
+        intervals=decision.intervals,
+    )

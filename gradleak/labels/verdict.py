@@ -1,0 +1,66 @@
+"""What a label attack answers: the label, how sure it is, and what else would fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+Verdict = Literal["unique", "ambiguous", "unidentifiable", "failed"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A closed interval of the signed scale s within which every label fits the gradient."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class SampleLabel:
+    """The recovered label of one sample.
+
+    ``classes`` is the support by descending weight, ``weights`` the label's values there, ``base``
+    its value everywhere else, ``scale`` the signed norm of the head's input along the gradient's
+    right singular vector. The ``*_error`` fields are one standard error each.
+    """
+
+    family: str
+    classes: tuple[int, ...]
+    weights: tuple[float, ...]
+    base: float
+    scale: float
+    weight_errors: tuple[float, ...]
+    base_error: float
+    scale_error: float
+
+    def uncertainty(self) -> float:
+        """Return the largest standard error of any entry of the label."""
+        return max((*self.weight_errors, self.base_error))
+
+
+@dataclass(frozen=True)
+class LabelResult:
+    """The answer of ``recover_label`` for one gradient bundle.
+
+    ``labels`` is (N, C) float64 and ``features`` (N, D) float64: the best answer, also when the
+    verdict is not ``unique``; both are None when there is none. ``residual`` is the relative
+    residual of the re-simulated head gradient, ``noise`` the estimated standard deviation of the
+    noise on one gradient entry. ``intervals`` bound the scale where it is not determined.
+    """
+
+    verdict: Verdict
+    reason: str
+    method: str
+    family: str | None
+    batch_size: int
+    samples: tuple[SampleLabel, ...] = ()
+    labels: Tensor | None = None
+    features: Tensor | None = None
+    residual: float | None = None
+    noise: float | None = None
+    alternatives: tuple[SampleLabel, ...] = ()
+    intervals: tuple[Interval, ...] = ()
+    seconds: float = field(default=0.0, compare=False)

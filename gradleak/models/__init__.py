@@ -1,0 +1,1 @@
+"""Networks by name: a torch-free registry and specification, and what builds and describes them."""

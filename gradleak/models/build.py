@@ -1,0 +1,193 @@
+"""From a name to a network: building it and loading its weights."""
+
+import importlib
+import pickle
+import sys
+from collections.abc import Callable, Mapping
+from operator import attrgetter
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from gradleak.errors import GradleakError, InputError, UsageError
+from gradleak.models import registry
+from gradleak.models.trace import describe, seeded
+
+__all__ = ["build_model", "describe", "load_weights"]
+
+DEFAULTS: dict[str, object] = {"init": "default", "head_bias": True, "bias": False}
+
+
+def build_model(
+    name: str,
+    *,
+    classes: int | None = None,
+    size: int | None = None,
+    options: Mapping[str, object] | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Build a network in eval mode, its weights drawn from ``seed``.
+
+    ``name`` is a registry name, or ``module:factory`` with a module that can be imported from
+    the search path or the current folder; such a factory is called with ``classes`` if given
+    and with the ``options`` that differ from their defaults, and decides on ``size`` (pixels)
+    itself. The global random state is left as it was. Raises ``UsageError`` for an unknown name
+    or option, for ``classes`` or a ``size`` the network cannot take, and for a factory that
+    cannot be imported, fails, or returns something else than a network.
+    """
+    if classes is not None and classes < 2:
+        raise UsageError(f"{classes} classes are too few for a classifier", "use 2 or more")
+    if size is not None and size < 1:
+        raise UsageError(f"images cannot have a size of {size} pixels", "use 1 or more")
+    chosen = {k: v for k, v in (options or {}).items() if k not in DEFAULTS or v != DEFAULTS[k]}
+    if ":" in name:
+        factory = _import_factory(name, from_here=True)
+        asked: dict[str, object] = {} if classes is None else {"classes": classes}
+        with seeded(seed):
+            made = _call(name, factory, **(chosen | asked))
+    else:
+        entry = registry.entry(name)
+        taken = _taken(entry, chosen)
+        factory = _import_factory(entry.factory)
+        with seeded(seed):
+            made = _call(name, factory, classes or entry.classes, size or entry.size, **taken)
+    if not isinstance(made, nn.Module):
+        raise UsageError(f"{name} returned {type(made).__name__}", "return a torch.nn.Module")
+    return made.eval()
+
+
+def _taken(entry: registry.ModelEntry, chosen: Mapping[str, object]) -> dict[str, object]:
+    for option, value in chosen.items():
+        if option in DEFAULTS and type(value) is not type(DEFAULTS[option]):
+            raise UsageError(
+                f"the model option {option} cannot be {value!r}",
+                f"its default is {DEFAULTS[option]!r}",
+            )
+        takers = [n for n in registry.names() if option in registry.entry(n).options]
+        if option not in entry.options and option != "head_bias":
+            raise UsageError(
+                f"{entry.name} takes no option {option!r}",
+                f"it is one of {', '.join(takers)}" if takers else "leave it out",
+            )
+    return {k: v for k, v in chosen.items() if k in entry.options}
+
+
+def _import_factory(name: str, *, from_here: bool = False) -> Callable[..., object]:
+    module, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    added = from_here and here not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        importlib.invalidate_caches()
+        with seeded(0):  # what a module draws while it is imported must not shift the weights
+            factory = attrgetter(attribute)(importlib.import_module(module))
+    except Exception as error:
+        raise UsageError(
+            f"cannot import {name!r} ({_one_line(error)})",
+            "give module:factory with a module on the search path or in the current folder",
+        ) from error
+    finally:
+        if added and here in sys.path:
+            sys.path.remove(here)
+    if not callable(factory):
+        raise UsageError(f"{name!r} is not callable", "name a function that returns the network")
+    return factory  # type: ignore[no-any-return]
+
+
+def _call(name: str, factory: Callable[..., object], /, *args: object, **kwargs: object) -> object:
+    try:
+        return factory(*args, **kwargs)
+    except GradleakError:
+        raise
+    except Exception as error:
+        given = ", ".join([*map(repr, args), *(f"{k}={v!r}" for k, v in kwargs.items())])
+        raise UsageError(
+            f"{name} could not be built with ({given}): {_one_line(error)}",
+            "change the size, the options or the factory",
+        ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def load_weights(model: nn.Module, path: Path | str) -> None:
+    """Load a state dict from ``path`` (.pth, .pt or .safetensors) into ``model``, in place.
+
+    A checkpoint that holds the weights under ``state_dict`` and the ``module.`` prefix of a
+    network wrapped in DataParallel are understood; BatchNorm's step counters may be missing.
+    No pickled code is run. Raises ``InputError`` when the file cannot be read or its parameters
+    are not those of ``model``, naming the first few.
+    """
+    found = _unwrapped(_read_state(Path(path)), path)
+    wanted = model.state_dict()
+    # Files older than PyTorch 0.4.1, public ones among them, know no step counters.
+    missing = [k for k in wanted.keys() - found.keys() if not k.endswith("num_batches_tracked")]
+    shapes = [
+        f"{k} is {tuple(found[k].shape)} for {tuple(wanted[k].shape)}"
+        for k in wanted
+        if k in found and found[k].shape != wanted[k].shape
+    ]
+    wrong = [
+        f"{what} {_first_few(which)}"
+        for what, which in (
+            ("missing:", [k for k in wanted if k in missing]),
+            ("unexpected:", [k for k in found if k not in wanted]),
+            ("of another shape:", shapes),
+        )
+        if which
+    ]
+    if wrong:
+        raise InputError(
+            f"{path} does not fit the network ({'; '.join(wrong)})",
+            "build the network that the weights belong to, with as many classes",
+        )
+    model.load_state_dict(found, strict=False)
+
+
+def _read_state(path: Path) -> object:
+    readers: dict[str, Callable[[Path], object]] = {
+        ".safetensors": safetensors.torch.load_file,
+        ".pth": _read_torch,
+        ".pt": _read_torch,
+    }
+    if path.suffix not in readers:
+        raise InputError(f"{path} is no weights file", f"give one of {', '.join(readers)}")
+    try:
+        return readers[path.suffix](path)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} is damaged or holds pickled code, which is not run",
+            "save the weights alone, with torch.save(model.state_dict(), path) or as safetensors",
+        ) from error
+    except Exception as error:  # a file of anything makes the readers fail in any way
+        raise InputError(
+            f"{path} cannot be read ({_one_line(error)})", "give a complete weights file"
+        ) from error
+
+
+def _read_torch(path: Path) -> object:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _unwrapped(state: object, path: Path | str) -> dict[str, Tensor]:
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
+        raise InputError(
+            f"{path} holds no state dict",
+            "save the weights alone, with torch.save(model.state_dict(), path) or as safetensors",
+        )
+    prefix = "module." if state and all(k.startswith("module.") for k in state) else ""
+    return {k.removeprefix(prefix): v for k, v in state.items()}
+
+
+def _first_few(items: list[str]) -> str:
+    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
+    return ", ".join(items[:3]) + more
