@@ -21,29 +21,23 @@ def big(points: Sequence[Point]) -> list[Point]:
     return [(x * ZOOM, y * ZOOM) for x, y in points]
 
 
+def between(a: float, b: float, c: float, d: float, t: float) -> float:
+    """Go from b (t = 0) to c (t = 1) with the slopes that the neighbours a and d give."""
+    bend = (2 * a - 5 * b + 4 * c - d) * t * t + (3 * b - a - 3 * c + d) * t * t * t
+    return b + 0.5 * ((c - a) * t + bend)
+
+
 def curve(points: Sequence[Point], steps: int = 12, closed: bool = True) -> list[Point]:
     """Return a smooth line through the points (a Catmull-Rom spline)."""
-    if closed:
-        ring = [points[-1], *points, points[0], points[1]]
-    else:
-        ring = [points[0], *points, points[-1]]
+    ends = (points[-1], points[0], points[1]) if closed else (points[0], points[-1])
+    ring = [ends[0], *points, *ends[1:]]
     line = []
-    for p0, p1, p2, p3 in zip(ring, ring[1:], ring[2:], ring[3:], strict=False):
-        for step in range(steps):
-            t = step / steps
-            line.append(
-                tuple(
-                    0.5
-                    * (
-                        2 * b
-                        + (c - a) * t
-                        + (2 * a - 5 * b + 4 * c - d) * t * t
-                        + (3 * b - a - 3 * c + d) * t * t * t
-                    )
-                    for a, b, c, d in zip(p0, p1, p2, p3, strict=True)
-                )
-            )
-    return [(x, y) for x, y in line] if closed else [*((x, y) for x, y in line), points[-1]]
+    for (ax, ay), (bx, by), (cx, cy), (dx, dy) in zip(
+        ring, ring[1:], ring[2:], ring[3:], strict=False
+    ):
+        for t in (step / steps for step in range(steps)):
+            line.append((between(ax, bx, cx, dx, t), between(ay, by, cy, dy, t)))
+    return line if closed else [*line, points[-1]]
 
 
 def mirrored(points: Sequence[Point], axis: float = 128) -> list[Point]:
@@ -135,7 +129,7 @@ def draw_plant(image: Image.Image) -> None:
     pen.polygon(big([(228, 192), (246, 192), (239, 244), (229, 244)]), fill=(164, 80, 54))
     pen.rectangle([*big([(197, 184)])[0], *big([(249, 197)])[0]], fill=(206, 112, 78))
     pen.line(big([(197, 197), (249, 197)]), fill=(140, 66, 44), width=4)
-    for x in range(203, 244, 8):
+    for x in range(206, 234, 8):
         pen.line(big([(x + 1, 214), (x + 5, 208), (x + 9, 214)]), fill=(240, 196, 150), width=5)
 
 
@@ -200,7 +194,16 @@ def draw_body(image: Image.Image, dice: random.Random) -> None:
             disc(ImageDraw.Draw(tip), x, y, radius, radius, 255)
 
     body = empty_mask()
-    half = [(128, 138), (98, 142), (86, 166), (80, 200), (62, 230), (58, 262), (72, 286), (104, 290)]
+    half = [
+        (128, 138),
+        (98, 142),
+        (86, 166),
+        (80, 200),
+        (62, 230),
+        (58, 262),
+        (72, 286),
+        (104, 290),
+    ]
     outline = [*half, *reversed(mirrored(half[1:]))]
     ImageDraw.Draw(body).polygon(big(curve(outline)), fill=255)
     paint(image, body, FUR, (104, 190))
@@ -221,25 +224,25 @@ def draw_body(image: Image.Image, dice: random.Random) -> None:
     shade(image, chest, CREAM, 2.5)
     stroke_fur(image, chest, (128, 120), 2600, dice)
 
-    for legs in (lambda points: points, mirrored):
+    for flip in (list, mirrored):
         leg = empty_mask()
         shape = [(106, 204), (102, 236), (101, 268), (103, 284), (114, 290), (125, 284), (126, 236)]
-        ImageDraw.Draw(leg).polygon(big(curve(legs(shape))), fill=255)
+        ImageDraw.Draw(leg).polygon(big(curve(flip(shape))), fill=255)
         paint(image, leg, FUR, (112, 230))
         bands = [[(98, 226), (108, 230), (114, 228)], [(98, 242), (108, 246), (116, 244)]]
-        stripe(image, leg, [legs(band) for band in bands])
+        stripe(image, leg, [flip(band) for band in bands])
         stroke_fur(image, leg, (128, 120), 1600, dice)
-        paw = empty_mask()
-        disc(ImageDraw.Draw(paw), *legs([(112, 283)])[0], 15, 9.5, 255)
-        paint(image, paw, CREAM, legs([(110, 278)])[0])
-        foot = empty_mask()
-        disc(ImageDraw.Draw(foot), *legs([(78, 285)])[0], 19, 8.5, 255)
-        paint(image, foot, CREAM, legs([(76, 280)])[0])
+        for x, y, rx, ry in ((78, 285, 19, 8.5), (112, 283, 15, 9.5)):
+            paw, top = empty_mask(), empty_mask()
+            disc(ImageDraw.Draw(paw), *flip([(x, y)])[0], rx, ry, 255)
+            disc(ImageDraw.Draw(top), *flip([(x, y - 2.5)])[0], rx - 2, ry - 3, 255)
+            image.paste(mix(CREAM, DARK, 0.35), (0, 0), paw)
+            shade(image, top, CREAM, 2)
         pen = ImageDraw.Draw(image)
         for toe in (106, 112, 118):
-            pen.line(big(legs([(toe, 284), (toe, 290)])), fill=(150, 112, 92), width=4)
+            pen.line(big(flip([(toe, 284), (toe, 290)])), fill=(150, 112, 92), width=4)
         for toe in (72, 79):
-            pen.line(big(legs([(toe, 286), (toe - 1, 291)])), fill=(150, 112, 92), width=4)
+            pen.line(big(flip([(toe, 286), (toe - 1, 291)])), fill=(150, 112, 92), width=4)
 
     paint(image, tail, FUR, (190, 284))
     rings = [[(x, y - 10), (x + 2, y), (x, y + 10)] for x, y in tail_line[8::9]]
@@ -250,26 +253,24 @@ def draw_body(image: Image.Image, dice: random.Random) -> None:
 
 def draw_head(image: Image.Image, dice: random.Random) -> None:
     shadow = empty_mask()
-    disc(ImageDraw.Draw(shadow), 128, 148, 40, 12, 150)
-    shade(image, shadow, (96, 48, 16), 5)
+    disc(ImageDraw.Draw(shadow), 128, 152, 27, 11, 150)
+    shade(image, shadow, (96, 48, 16), 2.5)
 
-    ears = empty_mask()
     shape = [(82, 92), (80, 66), (84, 38), (104, 52), (120, 72)]
-    for legs in (lambda points: points, mirrored):
+    for flip in (list, mirrored):
         ear = empty_mask()
-        ImageDraw.Draw(ear).polygon(big(curve(legs(shape))), fill=255)
+        ImageDraw.Draw(ear).polygon(big(curve(flip(shape))), fill=255)
         paint(image, ear, FUR, (90, 50))
         stroke_fur(image, ear, (128, 110), 900, dice)
         inside = empty_mask()
         inner = [(89, 82), (87, 66), (89, 50), (101, 60), (109, 74)]
-        ImageDraw.Draw(inside).polygon(big(curve(legs(inner))), fill=255)
+        ImageDraw.Draw(inside).polygon(big(curve(flip(inner))), fill=255)
         shade(image, inside, PINK, 1)
         pen = ImageDraw.Draw(image)
         for hair in range(9):
             root = (88 + hair * 1.4, 84 - hair * 0.4)
             tip = (90 + hair * 2, 64 + abs(hair - 3) * 1.5)
-            pen.line(big(legs([root, tip])), fill=(250, 222, 200), width=3)
-        ears = ImageChops.lighter(ears, ear)
+            pen.line(big(flip([root, tip])), fill=(250, 222, 200), width=3)
 
     head = empty_mask()
     half = [(128, 62), (102, 66), (82, 84), (72, 108), (78, 132), (100, 148), (128, 152)]
@@ -297,22 +298,19 @@ def draw_head(image: Image.Image, dice: random.Random) -> None:
 def draw_face(image: Image.Image) -> None:
     pen = ImageDraw.Draw(image)
     for x, way in ((104, 1), (152, -1)):
-        corner = [(x - 14, 108 - 3 * way), (x, 95), (x + 14, 108 + 3 * way), (x, 120)]
+        corner = [(x - 14, 107 - way), (x, 93), (x + 14, 107 + way), (x, 120)]
         pen.polygon(big(curve(corner)), fill=LINE)
         lid = empty_mask()
-        shape = [(x - 12, 108 - 2.5 * way), (x, 97), (x + 12, 108 + 2.5 * way), (x, 118)]
+        shape = [(x - 12, 107 - way), (x, 95), (x + 12, 107 + way), (x, 118)]
         ImageDraw.Draw(lid).polygon(big(curve(shape)), fill=255)
         image.paste((150, 186, 74), (0, 0), lid)
         for ray in range(40):
             turn = math.tau * ray / 40
-            spoke = [
-                (x + 4 * math.cos(turn), 107 + 4 * math.sin(turn)),
-                (x + 9 * math.cos(turn), 107 + 9 * math.sin(turn)),
-            ]
+            spoke = [(x + r * math.cos(turn), 107 + r * math.sin(turn)) for r in (4, 9)]
             tint = (206, 214, 110) if ray % 2 else (104, 144, 58)
             if all(lid.getpixel((int(a), int(b))) for a, b in big(spoke)):
                 pen.line(big(spoke), fill=tint, width=3)
-        disc(pen, x, 107, 4.6, 9.5, (22, 18, 16))
+        disc(pen, x, 107, 5.4, 9.5, (22, 18, 16))
         disc(pen, x - 3, 102.5, 2.6, 2.8, (255, 255, 255))
         disc(pen, x + 3, 112, 1.3, 1.3, (230, 240, 220))
     pen.polygon(big(curve([(119, 121), (128, 119), (137, 121), (131, 128), (125, 128)])), fill=NOSE)

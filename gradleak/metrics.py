@@ -1,9 +1,9 @@
 """How close an answer came to the truth: the only module that may see ground truth."""
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -215,34 +215,17 @@ def _floats(values: Tensor) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
-def _import_ssim() -> Callable[..., tuple[Tensor, Tensor]]:
+def _import_ssim() -> Callable[..., Any]:
     """Import torchmetrics' SSIM, which takes seconds, hence only here.
 
-    torchmetrics imports torchvision wherever that is installed, and a torchvision built for another
-    torch (often: the CUDA one beside a CPU torch) fails on import because its operators are not
-    there. SSIM uses none of them, so they are declared, without a body, for the time of the import.
+    torchmetrics imports torchvision wherever that is installed, and one that was built for another
+    torch fails on import.
     """
-    declared = torch.library.Library("torchvision", "FRAGMENT")
-    for _ in range(16):
-        try:
-            import torchmetrics.functional.image as image_metrics
-        except RuntimeError as error:
-            missing = re.match(r"operator torchvision::(\w+) does not exist", str(error))
-            if missing is None:
-                raise _broken_torchmetrics(error) from error
-            declared.define(f"{missing[1]}(Tensor input) -> Tensor")
-        else:
-            ssim_of_pictures: Callable[..., tuple[Tensor, Tensor]] = (
-                image_metrics.structural_similarity_index_measure
-            )
-            return ssim_of_pictures
-    raise _broken_torchmetrics(RuntimeError("torchvision's operators are missing"))
-
-
-def _broken_torchmetrics(error: RuntimeError) -> GradleakError:
-    """Put an import that cannot be mended into one line."""
-    reason = str(error).splitlines()[0]
-    return GradleakError(
-        f"torchmetrics cannot be imported ({reason})",
-        f"install the torchvision made for torch {torch.__version__}, or none",
-    )
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure
+    except (RuntimeError, ImportError) as error:
+        raise GradleakError(
+            f"torchmetrics cannot be imported ({str(error).splitlines()[0]})",
+            f"install the torchvision made for torch {torch.__version__}, or none",
+        ) from error
+    return structural_similarity_index_measure

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# A block of this many float64 values stays in a core's cache while it is used twice.
-_BLOCK = 1 << 18
+from gradleak.linalg import precision, row_blocks
+
 # A rank-one residual up to this many roundings is rounding, not noise and not a second sample.
 _ROUNDINGS = 16.0
 _SWEEPS = 3
@@ -42,49 +41,41 @@ class Rank:
     noisy: bool
 
 
-def precision(dtype: torch.dtype) -> float:
-    """Return the unit roundoff of ``dtype``: half its machine epsilon."""
-    return float(torch.finfo(dtype).eps) / 2.0
-
-
-def row_blocks(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield ``(rows, block)`` of ``matrix`` (..., R, K), each block in float64 and cache-sized."""
-    rows, columns = matrix.shape[-2:]
-    step = max(1, _BLOCK // max(1, columns * matrix[..., 0, 0].numel()))
-    for start in range(0, rows, step):
-        part = slice(start, min(rows, start + step))
-        yield part, matrix[..., part, :].double()
-
-
-def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
-    """Return ``matrix @ vector`` for (..., R, K) and (..., K), accumulated in float64."""
-    return torch.cat([(b @ vector.unsqueeze(-1)).squeeze(-1) for _, b in row_blocks(matrix)], -1)
-
-
 def leading_triple(gradient: Tensor) -> RankOne:
     """Find the leading singular triple of gradients ``(B, C, D)`` by power iteration in float64.
 
-    A noiseless gradient of one sample has rank one and is exact after one sweep; the further
-    sweeps serve noise. A zero gradient gives σ = 0 and a residual of 0.
+    A noiseless gradient of one sample has rank one and is exact after one sweep from its largest
+    row; only if a residual remains do further sweeps follow. A zero gradient gives σ = 0 and a
+    residual of 0.
     """
-    largest = torch.linalg.vector_norm(gradient, dim=2, dtype=torch.float64).argmax(1)
+    largest = torch.linalg.vector_norm(gradient, dim=2).argmax(1)
     v = gradient[torch.arange(len(gradient), device=gradient.device), largest].double()
-    v = v / _nonzero(torch.linalg.vector_norm(v, dim=1, keepdim=True))
-    for _ in range(_SWEEPS - 1):
-        v = _sweep(gradient, v)
-    u = matvec(gradient, v)
+    v = _sweep(gradient, v / _nonzero(torch.linalg.vector_norm(v, dim=1, keepdim=True)))
+    found = _project(gradient, v)
+    if bool((found.residual > _ROUNDINGS * precision(gradient.dtype)).any()):
+        for _ in range(_SWEEPS):
+            v = _sweep(gradient, v)
+        found = _project(gradient, v)
+    return found
+
+
+def _project(gradient: Tensor, v: Tensor) -> RankOne:
+    """Return u and σ of G v = σ u, and what σ u vᵀ leaves of G, in one pass over it."""
+    parts = []
+    left = torch.zeros_like(v[:, 0])
+    for rows in row_blocks(gradient):
+        block = gradient[:, rows].double()
+        along = block @ v[:, :, None]
+        parts.append(along)
+        rest = torch.baddbmm(block, along, v[:, None, :], alpha=-1.0).flatten(1)
+        left = left + torch.linalg.vecdot(rest, rest)
+    u = torch.cat(parts, 1).squeeze(-1)
     sigma = torch.linalg.vector_norm(u, dim=1)
-    left = total = torch.zeros_like(sigma)
-    for rows, block in row_blocks(gradient):
-        total = total + block.square().sum((1, 2))
-        # In place: the block is this function's own copy unless the gradient is float64 already.
-        rest = torch.baddbmm(block, u[:, rows, None], v[:, None, :], alpha=-1.0)
-        left = left + rest.square().sum((1, 2))
     return RankOne(
         u=u / _nonzero(sigma)[:, None],
         sigma=sigma,
         v=v,
-        residual=(left / _nonzero(total)).sqrt(),
+        residual=(left / _nonzero(sigma.square() + left)).sqrt(),
     )
 
 
@@ -131,13 +122,15 @@ def _singular_values(matrix: Tensor) -> Tensor:
     the triangular factor.
     """
     tall = matrix.double() if matrix.shape[0] >= matrix.shape[1] else matrix.double().T
-    return torch.linalg.svdvals(torch.linalg.qr(tall, mode="r").R)
+    values: Tensor = torch.linalg.svdvals(torch.linalg.qr(tall, mode="r").R)
+    return values
 
 
 def _sweep(gradient: Tensor, v: Tensor) -> Tensor:
     """Return the normalised Gᵀ G v of gradients ``(B, C, D)`` in one pass over them."""
     out = torch.zeros_like(v)
-    for _, block in row_blocks(gradient):
+    for rows in row_blocks(gradient):
+        block = gradient[:, rows].double()
         out = out + ((block @ v[:, :, None]).mT @ block).squeeze(1)
     return out / _nonzero(torch.linalg.vector_norm(out, dim=1, keepdim=True))
 

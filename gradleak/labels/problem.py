@@ -51,38 +51,38 @@ class ScaleProblem:
     def at(self, scale: Tensor) -> Point:
         """Evaluate the label and its slope at scales ``(B, M)``."""
         s = scale[..., None]
-        logits = s * self.a[:, None] + self.b[:, None]
+        logits = torch.addcmul(self.b[:, None], s, self.a[:, None])
         p = torch.softmax(logits, -1)
         delta = (self.sigma[:, None] / scale)[..., None] * self.u[:, None]
-        slope = s * p * (self.a[:, None] - (p * self.a[:, None]).sum(-1, keepdim=True)) + delta
-        return Point(scale, p, delta, p - delta, slope, logits.abs().amax(-1))
+        mean = p @ self.a[..., None]
+        slope = torch.addcmul(delta, s * p, self.a[:, None] - mean)
+        return Point(scale, p, delta, p - delta, slope)
 
     def variance(self, point: Point) -> Tensor:
-        """Return (B, M, C) the variance of y(s): rounding of p and δ, and the additive noise."""
+        """Return (B, M, C) the variance of y(s): rounding of p, δ and y, and the additive noise."""
         relative = self.rounding(point)[..., None]
         additive = (self.noise[:, None] / point.scale).square()[..., None]
-        floor = (relative * _UNDERFLOW).square()
-        squares = point.p.square() + point.delta.square() + point.y.square()
-        return relative.square() * squares + additive + floor
+        return (relative * (point.p + point.delta.abs() + _UNDERFLOW)).square() + additive
 
     def rounding(self, point: Point) -> Tensor:
-        """Return (B, M) the relative rounding error expected of a probability."""
-        return self.unit * (_SOFTMAX_ROUNDINGS + point.reach)
+        """Return (B, M) the relative rounding error expected of a probability.
+
+        It carries the absolute rounding of the logits, so it grows with their largest.
+        """
+        largest = point.scale.abs() * self.a.abs().amax(1, keepdim=True)
+        largest = largest + self.b.abs().amax(1, keepdim=True)
+        return self.unit * (_SOFTMAX_ROUNDINGS + largest)
 
 
 @dataclass(frozen=True)
 class Point:
-    """The problem evaluated at ``scale`` (B, M): tensors (B, M, C).
-
-    ``slope`` is ∂y/∂log|s|; ``reach`` (B, M) the largest absolute logit.
-    """
+    """The problem evaluated at ``scale`` (B, M): tensors (B, M, C); ``slope`` is ∂y/∂log|s|."""
 
     scale: Tensor
     p: Tensor
     delta: Tensor
     y: Tensor
     slope: Tensor
-    reach: Tensor
 
     def informative(self) -> Tensor:
         """Return (B, M, C) where float32 has kept anything of the probability or of δ."""
@@ -91,7 +91,7 @@ class Point:
 
 @dataclass(frozen=True)
 class FamilyTable:
-    """The families under consideration as tensors: ``support`` (F,) int64 and ``base`` (F,) bool."""
+    """The families considered, as tensors: ``support`` (F,) int64 and ``base`` (F,) bool."""
 
     support: Tensor
     base: Tensor
@@ -110,7 +110,6 @@ def largest_first(y: Tensor, count: int) -> Tensor:
     return y.topk(min(count, y.shape[-1] - 1), -1).indices
 
 
-def rest_mask(y: Tensor, top: Tensor, support: Tensor) -> Tensor:
-    """Return (..., C) bool: the classes outside the support, the ``support`` (...) first of ``top``."""
-    inside = torch.arange(top.shape[-1], device=y.device) < support[..., None]
-    return torch.ones_like(y, dtype=torch.bool).scatter(-1, top, ~inside)
+def rest_mask(y: Tensor, top: Tensor, inside: Tensor) -> Tensor:
+    """Return (..., C): 0 at the classes of ``top`` (..., K) that are ``inside``, 1 elsewhere."""
+    return torch.ones_like(y).scatter(-1, top, (~inside).to(y.dtype).expand(top.shape))

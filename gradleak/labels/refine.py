@@ -14,15 +14,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import vecdot
 
 from gradleak.labels.problem import FamilyTable, Point, ScaleProblem, largest_first, rest_mask
-from gradleak.labels.search import Candidates
 
-_UNIFORM_STEPS, _WEIGHTED_STEPS = 5, 6
+_UNIFORM_STEPS, _WEIGHTED_STEPS = 3, 4
 # Candidates of a family that survive the first descent.
 _SURVIVORS = 2
 _LARGEST_STEP = 0.3
-_CONVERGED = 1e-13
+_SAME_SCALE = 1e-6
 # Prior width of log|s| in the evidence: the features of real networks span about five decades.
 _LOG_SCALE_PRIOR = math.log(1e5)
 # A label parameter smaller than this many roundings of a probability is zero.
@@ -58,6 +58,22 @@ class Fits:
 
 
 @dataclass(frozen=True)
+class _Choice:
+    """The families of M candidates: ``free`` (M,) 0 or 1, and the support among the K largest."""
+
+    count: int
+    free: Tensor
+    inside: Tensor
+
+    @classmethod
+    def of(cls, table: FamilyTable, family: Tensor, dtype: torch.dtype) -> _Choice:
+        support = table.support[family]
+        count = int(table.support.max())
+        inside = torch.arange(count, device=support.device) < support[:, None]
+        return cls(count, table.base[family].to(dtype), inside)
+
+
+@dataclass(frozen=True)
 class _Residual:
     """Least-squares terms of M candidates at one scale each: (B, M, C) or (B, M)."""
 
@@ -66,43 +82,33 @@ class _Residual:
     weight: Tensor
     base: Tensor
     slope_base: Tensor
-    residual: Tensor
-    jacobian: Tensor
+    curvature: Tensor
     objective: Tensor
-
-    def step(self, damping: Tensor) -> Tensor:
-        """Return the damped Gauss–Newton step in log|s|."""
-        curvature = (self.weight * self.jacobian.square()).sum(-1)
-        gradient = (self.weight * self.residual * self.jacobian).sum(-1)
-        move = -gradient / (curvature * (1.0 + damping)).clamp(min=_TINY)
-        return move.clamp(-_LARGEST_STEP, _LARGEST_STEP)
+    step: Tensor
 
 
-def refine(problem: ScaleProblem, candidates: Candidates, table: FamilyTable) -> Fits:
-    """Bring every candidate to the nearest least-squares scale of its family and describe it."""
-    scale, family = candidates.scale, candidates.family
+def refine(problem: ScaleProblem, candidates: Tensor, table: FamilyTable) -> Fits:
+    """Bring candidate scales (B, F, K) to the nearest least-squares scale of their family.
+
+    The few best distinct ones of each family go through the weighted descent and are described.
+    """
+    scale, family = _flatten(candidates)
     scale, rho = _descend(problem, scale, table, family, weighted=False, steps=_UNIFORM_STEPS)
-    scale, family = _survivors(scale, rho, family, len(table.support))
+    rho, order = rho.view(candidates.shape).sort(-1)
+    scale = scale.view(candidates.shape).gather(-1, order)
+    # Two candidates that met at the same scale are one.
+    same = (scale[..., 1:] / scale[..., :-1] - 1.0).abs() < _SAME_SCALE
+    rho[..., 1:].masked_fill_(same, math.inf)
+    best = rho.topk(min(_SURVIVORS, rho.shape[-1]), -1, largest=False).indices
+    scale, family = _flatten(scale.gather(-1, best))
     scale, _ = _descend(problem, scale, table, family, weighted=True, steps=_WEIGHTED_STEPS)
     return describe(problem, scale, family, table, scale_known=False)
 
 
-def _survivors(
-    scale: Tensor, rho: Tensor, family: Tensor, families: int
-) -> tuple[Tensor, Tensor]:
-    """Keep the best distinct candidates (B, M) of every family."""
-    kept, kinds = [], []
-    for f in range(families):
-        mine = scale[:, family == f]
-        value, order = rho[:, family == f].sort(-1)
-        mine = mine.gather(-1, order)
-        # Two candidates that met at the same scale are one.
-        same = (mine[:, 1:] / mine[:, :-1] - 1.0).abs() < 1e-6
-        value = torch.cat([value[:, :1], torch.where(same, math.inf, value[:, 1:])], -1)
-        best = value.topk(min(_SURVIVORS, value.shape[-1]), -1, largest=False).indices
-        kept.append(mine.gather(-1, best))
-        kinds.append(torch.full((best.shape[-1],), f, device=scale.device))
-    return torch.cat(kept, -1), torch.cat(kinds)
+def _flatten(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn scales (B, F, K) into (B, M), M = F·K, and the table index (M,) of each."""
+    family = torch.arange(scale.shape[1], device=scale.device)
+    return scale.flatten(1), family.repeat_interleave(scale.shape[2])
 
 
 def describe(
@@ -114,16 +120,16 @@ def describe(
     unknown of the fit.
     """
     support, free = table.support[family], table.base[family]
-    now = _residual(problem, scale, support, free, weighted=True)
+    choice = _Choice.of(table, family, scale.dtype)
+    now = _residual(problem, scale, choice, weighted=True)
     point, top = now.point, now.top
-    information = (now.weight * now.jacobian.square()).sum(-1)
-    log_error = torch.zeros_like(scale) if scale_known else information.clamp(min=_TINY).rsqrt()
+    log_error = torch.zeros_like(scale) if scale_known else now.curvature.rsqrt()
     variance = problem.variance(point)
     weights = point.y.gather(-1, top)
     sharpness = variance.gather(-1, top).sqrt()
     slope = point.slope.gather(-1, top)
     base_sharpness = now.weight.sum(-1).clamp(min=_TINY).rsqrt()
-    inside = torch.arange(top.shape[-1], device=top.device) < support[:, None]
+    inside = choice.inside[:, : top.shape[-1]]
     one = support == 1
     # With one class the label sums to one by itself: its weight is known from the base.
     alone = 1.0 - (problem.classes - 1) * now.base
@@ -159,7 +165,9 @@ def describe(
     return _with_feasibility(problem, fits, point, inside, free)
 
 
-def log_evidence(problem: ScaleProblem, fits: Fits, table: FamilyTable, inflation: Tensor) -> Tensor:
+def log_evidence(
+    problem: ScaleProblem, fits: Fits, table: FamilyTable, inflation: Tensor
+) -> Tensor:
     """Return (B, M) the Laplace log evidence of each fit under uniform priors.
 
     Priors: log|s| over five decades, each mixture weight over (0, 1), the base over (0, 1/C).
@@ -187,66 +195,43 @@ def _descend(
     weighted: bool,
     steps: int,
 ) -> tuple[Tensor, Tensor]:
-    """Damped Gauss–Newton in log|s|, all candidates at once; a step that does not help is undone.
+    """Gauss–Newton in log|s|, all candidates at once; the best point met is kept.
 
     Returns the scales and objectives (B, M).
     """
-    support, free = table.support[family], table.base[family]
-    now = _residual(problem, scale, support, free, weighted=weighted)
-    damping = torch.full_like(scale, 1e-3)
+    choice = _Choice.of(table, family, scale.dtype)
+    now = _residual(problem, scale, choice, weighted=weighted)
+    best, lowest = scale, now.objective
     for _ in range(steps):
-        move = now.step(damping)
-        if bool((move.abs() < _CONVERGED).all()):
-            break
-        trial = _residual(problem, scale * move.exp(), support, free, weighted=weighted)
-        better = trial.objective < now.objective
-        scale = torch.where(better, trial.point.scale, scale)
-        damping = torch.where(better, damping * 0.1, damping * 10.0).clamp(1e-12, 1e12)
-        now = _choose(better, trial, now)
-    return scale, now.objective
-
-
-def _choose(better: Tensor, new: _Residual, old: _Residual) -> _Residual:
-    """Take the new terms where ``better`` (B, M), else the old; only what a step needs."""
-    wide = better[..., None]
-    return _Residual(
-        point=new.point,
-        top=new.top,
-        weight=torch.where(wide, new.weight, old.weight),
-        base=new.base,
-        slope_base=new.slope_base,
-        residual=torch.where(wide, new.residual, old.residual),
-        jacobian=torch.where(wide, new.jacobian, old.jacobian),
-        objective=torch.where(better, new.objective, old.objective),
-    )
+        scale = scale * now.step.exp()
+        now = _residual(problem, scale, choice, weighted=weighted)
+        better = now.objective < lowest
+        best = torch.where(better, scale, best)
+        lowest = torch.where(better, now.objective, lowest)
+    return best, lowest
 
 
 def _residual(
-    problem: ScaleProblem, scale: Tensor, support: Tensor, free: Tensor, *, weighted: bool
+    problem: ScaleProblem, scale: Tensor, choice: _Choice, *, weighted: bool
 ) -> _Residual:
-    """Evaluate y(s) − base over the classes outside the support, with its slope in log|s|."""
+    """Evaluate y(s) − base over the classes outside the support, and the Gauss–Newton step."""
     point = problem.at(scale)
-    top = largest_first(point.y, int(support.max()))
-    rest = rest_mask(point.y, top, support.expand(scale.shape)).to(point.y.dtype)
-    weight = rest / problem.variance(point) if weighted else rest
-    total = weight.sum(-1).clamp(min=_TINY)
-    mean = lambda t: torch.where(free, (weight * t).sum(-1) / total, 0.0)  # noqa: E731
-    base, slope_base = mean(point.y), mean(point.slope)
+    top = largest_first(point.y, choice.count)
+    weight = rest_mask(point.y, top, choice.inside[:, : top.shape[-1]])
+    if weighted:
+        weight = weight / problem.variance(point)
+    share = choice.free / weight.sum(-1).clamp(min=_TINY)
+    base, slope_base = vecdot(weight, point.y) * share, vecdot(weight, point.slope) * share
     residual = point.y - base[..., None]
-    objective = (weight * residual.square()).sum(-1)
+    jacobian = point.slope - slope_base[..., None]
+    pull = weight * residual
+    objective, gradient = vecdot(pull, residual), vecdot(pull, jacobian)
+    curvature = vecdot(weight * jacobian, jacobian).clamp(min=_TINY)
     if not weighted:  # in units of the gradient, or growing scales would shrink it (§3)
-        spread = point.delta - mean(point.delta)[..., None]
-        objective = objective / (weight * spread.square()).sum(-1).clamp(min=_TINY)
-    return _Residual(
-        point=point,
-        top=top,
-        weight=weight,
-        base=base,
-        slope_base=slope_base,
-        residual=residual,
-        jacobian=point.slope - slope_base[..., None],
-        objective=objective,
-    )
+        square, mean = vecdot(weight * point.delta, point.delta), vecdot(weight, point.delta)
+        objective = objective / (square - mean.square() * share).clamp(min=_TINY)
+    step = (-gradient / curvature).clamp(-_LARGEST_STEP, _LARGEST_STEP)
+    return _Residual(point, top, weight, base, slope_base, curvature, objective, step)
 
 
 def _with_feasibility(

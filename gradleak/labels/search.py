@@ -9,7 +9,6 @@ With a base of zero the variance becomes the mean square. ρ is the variance los
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,14 +21,6 @@ _LOG_STEP, _LINEAR_STEP = 0.1, 0.4
 _SATURATED, _END = 60.0, 1e5
 _SATURATED_STEP = 0.02
 _KEEP = 4
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Starting points for refinement: ``scale`` (B, M) and ``family`` (M,), a table index."""
-
-    scale: Tensor
-    family: Tensor
 
 
 def scale_grid(problem: ScaleProblem) -> Tensor:
@@ -118,21 +109,17 @@ def _rest_sums(t: Tensor, top: Tensor) -> list[tuple[Tensor, Tensor]]:
     return sums
 
 
-def find_candidates(problem: ScaleProblem, table: FamilyTable) -> Candidates:
-    """Return the best local minima of ρ over both signs and every family."""
+def find_candidates(problem: ScaleProblem, table: FamilyTable) -> Tensor:
+    """Return (B, F, K) signed scales: the best local minima of ρ of every family, both signs."""
     grid = scale_grid(problem)
-    scales, kinds = [], []
+    found = []
     for sign in (1.0, -1.0):
-        curves = residual_curves(problem, sign * grid, table)
+        scales = sign * grid
+        curves = residual_curves(problem, scales, table)
         edge = torch.full_like(curves[..., :1], math.inf)
         before = torch.cat([edge, curves[..., :-1]], -1)
         after = torch.cat([curves[..., 1:], edge], -1)
-        minimum = (curves <= before) & (curves <= after)
-        depth = torch.where(minimum, curves, math.inf)
-        best = depth.topk(min(_KEEP, depth.shape[-1]), -1, largest=False).indices  # (F, B, K)
-        chosen = (sign * grid).expand(len(curves), -1, -1).gather(-1, best)
-        scales.append(chosen.permute(1, 0, 2).flatten(1))
-        kinds.append(
-            torch.arange(len(curves), device=grid.device).repeat_interleave(best.shape[-1])
-        )
-    return Candidates(torch.cat(scales, 1), torch.cat(kinds))
+        depth = torch.where((curves <= before) & (curves <= after), curves, math.inf)
+        best = depth.topk(min(_KEEP, depth.shape[-1]), -1, largest=False).indices
+        found.append(scales.expand(len(curves), -1, -1).gather(-1, best))
+    return torch.cat(found, -1).movedim(0, 1)

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from gradleak.errors import InputError
+from gradleak.labels.bias import scale_from_bias
 from gradleak.labels.decide import Decision, decide
-from gradleak.labels.factorise import RankOne, leading_triple, matvec, precision, rank_of
+from gradleak.labels.factorise import RankOne, leading_triple, rank_of
 from gradleak.labels.problem import FamilyTable, ScaleProblem
 from gradleak.labels.refine import describe, refine
 from gradleak.labels.search import find_candidates
 from gradleak.labels.verdict import LabelResult
+from gradleak.linalg import matvec, precision
 from gradleak.softlabels import FAMILIES, Family
 
 # Column sums that rounding explains: relative to the gradient, and in roundings of p times the
@@ -61,18 +63,13 @@ def recover_single(
             noise=rank.noise,
         )
     closed = grad_bias is not None and method != "scale"
-    problem = ScaleProblem(
-        a=matvec(weight[None], leading.v),
-        b=torch.zeros_like(leading.u) if bias is None else bias.double()[None],
-        u=leading.u,
-        sigma=leading.sigma,
-        noise=torch.full_like(leading.sigma, rank.noise if rank.noisy else 0.0),
-        unit=precision(grad_weight.dtype),
+    problem = scale_problem(
+        leading, weight, bias, noise=rank.noise if rank.noisy else 0.0, dtype=grad_weight.dtype
     )
     table = FamilyTable.of(families, grad_weight.device)
     if closed:
         assert grad_bias is not None
-        scale = _scale_from_bias(leading, grad_bias)
+        scale = scale_from_bias(leading, grad_bias)
         every = torch.arange(len(families), device=scale.device)
         fits = describe(problem, scale.expand(1, len(families)), every, table, scale_known=True)
     else:
@@ -81,14 +78,32 @@ def recover_single(
     return _result(decision, problem, leading, rank.noise, "bias" if closed else "scale")
 
 
+def scale_problem(
+    leading: RankOne, weight: Tensor, bias: Tensor | None, *, noise: float, dtype: torch.dtype
+) -> ScaleProblem:
+    """Set up the one-scalar problem of a factorised gradient of ``dtype`` and its head.
+
+    ``weight`` is (C, D), ``bias`` (C,) or None, ``noise`` the std of additive noise on one entry.
+    """
+    return ScaleProblem(
+        a=matvec(weight[None], leading.v),
+        b=torch.zeros_like(leading.u) if bias is None else bias.double()[None],
+        u=leading.u,
+        sigma=leading.sigma,
+        noise=torch.full_like(leading.sigma, noise),
+        unit=precision(dtype),
+    )
+
+
 def check_column_sums(grad_weight: Tensor, noise: float) -> None:
     """Raise :class:`InputError` unless every column of ``(C, D)`` sums to zero over the classes.
 
     ``noise`` is the standard deviation of additive noise on one entry, 0 for none.
     """
     classes, width = grad_weight.shape
-    total = grad_weight.sum(0, dtype=torch.float64).abs().sum().item()
-    size = grad_weight.abs().sum(dtype=torch.float64).item()
+    wide = torch.promote_types(grad_weight.dtype, torch.float32)
+    total = float(grad_weight.sum(0, dtype=wide).abs().sum())
+    size = float(torch.linalg.vector_norm(grad_weight, ord=1, dtype=wide))
     rounding = _ROUNDINGS * precision(grad_weight.dtype)
     allowed = max(_COLUMN_SUMS, rounding) * size + rounding * _LARGEST_FEATURE * width
     allowed += 4.0 * noise * math.sqrt(classes) * width
@@ -98,20 +113,6 @@ def check_column_sums(grad_weight: Tensor, noise: float) -> None:
             "classes instead of zero, so it is not a softmax cross-entropy gradient",
             "check the loss and the head (--head NAME)",
         )
-
-
-def _scale_from_bias(leading: RankOne, grad_bias: Tensor) -> Tensor:
-    """Return (1,) the signed scale s = σ uᵀδ / ‖δ‖² of x = Gᵀδ / ‖δ‖² with δ the bias gradient."""
-    delta = grad_bias.double()
-    square = delta.square().sum()
-    along = leading.u[0] @ delta
-    rest = (square - along.square()).clamp(min=0.0) / square.clamp(min=1e-300)
-    if not float(square) > 0.0 or float(rest) > 1e-2:
-        raise InputError(
-            "the bias gradient and the weight gradient of the head do not belong together",
-            "capture both in one step, or leave the bias gradient out",
-        )
-    return leading.sigma * along / square
 
 
 def _result(

@@ -1,19 +1,17 @@
-"""From a name to a network: building it and loading its weights."""
+"""From a name to a network."""
 
 import importlib
-import pickle
 import sys
 from collections.abc import Callable, Mapping
 from operator import attrgetter
 from pathlib import Path
 
-import safetensors.torch
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gradleak.errors import GradleakError, InputError, UsageError
+from gradleak.errors import GradleakError, UsageError
 from gradleak.models import registry
 from gradleak.models.trace import describe, seeded
+from gradleak.models.weights import load_weights, one_line
 
 __all__ = ["build_model", "describe", "load_weights"]
 
@@ -86,7 +84,7 @@ def _import_factory(name: str, *, from_here: bool = False) -> Callable[..., obje
             factory = attrgetter(attribute)(importlib.import_module(module))
     except Exception as error:
         raise UsageError(
-            f"cannot import {name!r} ({_one_line(error)})",
+            f"cannot import {name!r} ({one_line(error)})",
             "give module:factory with a module on the search path or in the current folder",
         ) from error
     finally:
@@ -105,89 +103,6 @@ def _call(name: str, factory: Callable[..., object], /, *args: object, **kwargs:
     except Exception as error:
         given = ", ".join([*map(repr, args), *(f"{k}={v!r}" for k, v in kwargs.items())])
         raise UsageError(
-            f"{name} could not be built with ({given}): {_one_line(error)}",
+            f"{name} could not be built with ({given}): {one_line(error)}",
             "change the size, the options or the factory",
         ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def load_weights(model: nn.Module, path: Path | str) -> None:
-    """Load a state dict from ``path`` (.pth, .pt or .safetensors) into ``model``, in place.
-
-    A checkpoint that holds the weights under ``state_dict`` and the ``module.`` prefix of a
-    network wrapped in DataParallel are understood; BatchNorm's step counters may be missing.
-    No pickled code is run. Raises ``InputError`` when the file cannot be read or its parameters
-    are not those of ``model``, naming the first few.
-    """
-    found = _unwrapped(_read_state(Path(path)), path)
-    wanted = model.state_dict()
-    # Files older than PyTorch 0.4.1, public ones among them, know no step counters.
-    missing = [k for k in wanted.keys() - found.keys() if not k.endswith("num_batches_tracked")]
-    shapes = [
-        f"{k} is {tuple(found[k].shape)} for {tuple(wanted[k].shape)}"
-        for k in wanted
-        if k in found and found[k].shape != wanted[k].shape
-    ]
-    wrong = [
-        f"{what} {_first_few(which)}"
-        for what, which in (
-            ("missing:", [k for k in wanted if k in missing]),
-            ("unexpected:", [k for k in found if k not in wanted]),
-            ("of another shape:", shapes),
-        )
-        if which
-    ]
-    if wrong:
-        raise InputError(
-            f"{path} does not fit the network ({'; '.join(wrong)})",
-            "build the network that the weights belong to, with as many classes",
-        )
-    model.load_state_dict(found, strict=False)
-
-
-def _read_state(path: Path) -> object:
-    readers: dict[str, Callable[[Path], object]] = {
-        ".safetensors": safetensors.torch.load_file,
-        ".pth": _read_torch,
-        ".pt": _read_torch,
-    }
-    if path.suffix not in readers:
-        raise InputError(f"{path} is no weights file", f"give one of {', '.join(readers)}")
-    try:
-        return readers[path.suffix](path)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} is damaged or holds pickled code, which is not run",
-            "save the weights alone, with torch.save(model.state_dict(), path) or as safetensors",
-        ) from error
-    except Exception as error:  # a file of anything makes the readers fail in any way
-        raise InputError(
-            f"{path} cannot be read ({_one_line(error)})", "give a complete weights file"
-        ) from error
-
-
-def _read_torch(path: Path) -> object:
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _unwrapped(state: object, path: Path | str) -> dict[str, Tensor]:
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
-    ):
-        raise InputError(
-            f"{path} holds no state dict",
-            "save the weights alone, with torch.save(model.state_dict(), path) or as safetensors",
-        )
-    prefix = "module." if state and all(k.startswith("module.") for k in state) else ""
-    return {k.removeprefix(prefix): v for k, v in state.items()}
-
-
-def _first_few(items: list[str]) -> str:
-    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
-    return ", ".join(items[:3]) + more

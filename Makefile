@@ -1,0 +1,37 @@
+# Two targets for users: demo and test. Both make the virtual environment if it is not there.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# torchvision is compared with in the tests alone, and a build for another torch breaks whatever
+# finds it, so it lies beside the environment's packages, not among them.
+REFERENCE = $(VENV)/reference
+
+.PHONY: demo test lint docs bench clean
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+$(REFERENCE)/ready: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt --target $(REFERENCE) torchvision
+	touch $@
+
+demo: $(VENV)/ready
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python examples/demo.py
+
+test: $(REFERENCE)/ready
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/ready
+	$(BIN)/python docs/generate_cli.py
+
+clean:
+	rm -rf $(VENV) demo-out build *.egg-info

@@ -1,0 +1,70 @@
+"""gradleak shows what a saved gradient gives away: the label, the features and the image.
+
+The stages of the command line as functions, each taking a :class:`Bundle` and returning it with
+what it found (``outcome.bundle``)::
+
+    captured = gradleak.capture(model, images, labels)
+    labelled = gradleak.recover_label(captured.bundle)
+    features = gradleak.recover_feature(labelled.bundle)
+    pictures = gradleak.reconstruct(features.bundle)
+
+``bundle_of_step`` makes a bundle of a training step's own gradients. Names are imported when first
+used: importing gradleak does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from gradleak.bundle import Bundle
+    from gradleak.errors import GradleakError, IncompleteError, InputError, UsageError
+    from gradleak.models.spec import ModelSpec
+    from gradleak.stages.capture import bundle_of_step, capture
+    from gradleak.stages.feature import recover_feature
+    from gradleak.stages.label import recover_label
+    from gradleak.stages.reconstruct import reconstruct
+
+__all__ = [
+    "Bundle",
+    "GradleakError",
+    "IncompleteError",
+    "InputError",
+    "ModelSpec",
+    "UsageError",
+    "__version__",
+    "bundle_of_step",
+    "capture",
+    "reconstruct",
+    "recover_feature",
+    "recover_label",
+]
+
+_HOMES = {
+    "Bundle": "gradleak.bundle",
+    "bundle_of_step": "gradleak.stages.capture",
+    "capture": "gradleak.stages.capture",
+    "GradleakError": "gradleak.errors",
+    "IncompleteError": "gradleak.errors",
+    "InputError": "gradleak.errors",
+    "UsageError": "gradleak.errors",
+    "ModelSpec": "gradleak.models.spec",
+    "recover_feature": "gradleak.stages.feature",
+    "recover_label": "gradleak.stages.label",
+    "reconstruct": "gradleak.stages.reconstruct",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        value: object = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'gradleak' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

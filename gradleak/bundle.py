@@ -1,0 +1,200 @@
+"""The gradient bundle: the one file that every stage reads and writes (docs/bundle-format.md).
+
+A bundle is a safetensors file with prefixed tensors and JSON strings as metadata. It never holds
+ground truth. Opening one reads the header only; tensors are read when asked for, and the ones no
+stage touches are copied from file to file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
+
+from gradleak import __version__
+from gradleak.errors import IncompleteError, InputError
+from gradleak.files import atomic_path
+from gradleak.models.spec import ModelSpec
+from gradleak.tensorfile import FLOATING, TensorFile, TensorInfo, tensor_info, write_tensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+FORMAT = "gradleak.bundle"
+SCHEMA = 1
+GRAD, PARAM, BUFFER = "grad/", "param/", "buffer/"
+LABEL, FEATURE, IMAGE = "label/soft", "feature/", "image/reconstructed"
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What a stage leaves in the metadata about its own run; ``arguments`` never hold an answer."""
+
+    stage: str
+    arguments: dict[str, object] = field(default_factory=dict)
+    seed: int | None = None
+    device: str | None = None
+    seconds: float | None = None
+    verdict: str | None = None
+    version: str = __version__
+
+
+class Bundle:
+    """Gradients, model state and what was recovered so far; immutable.
+
+    ``tensors`` maps bundle names (``grad/fc.weight``) to tensors, or to the file that holds them;
+    ``metadata`` is as in the file. Raises :class:`InputError` when pieces contradict each other.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor | TensorFile], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Check the schema; see the class."""
+        self._tensors = dict(tensors)
+        self.metadata = dict(metadata or {})
+        self._check()
+
+    @classmethod
+    def open(cls, path: Path | str) -> Bundle:
+        """Open a bundle file; only its header is read."""
+        return cls._from_file(TensorFile(path))
+
+    @classmethod
+    def read(cls, stream: BinaryIO, name: str = "standard input") -> Bundle:
+        """Read a bundle from a stream, which is spooled to a temporary file."""
+        return cls._from_file(TensorFile.from_stream(stream, name))
+
+    @classmethod
+    def _from_file(cls, file: TensorFile) -> Bundle:
+        bundle = cls(dict.fromkeys(file.infos, file), file.metadata)
+        if not any(name.startswith(GRAD) for name in file.infos):
+            raise InputError(
+                f"{file.name} holds no gradient (no tensor named grad/…)",
+                "write one with gradleak capture, or see docs/bundle-format.md",
+            )
+        return bundle
+
+    @property
+    def model(self) -> ModelSpec:
+        """What is known of the network."""
+        text = self.metadata.get("model")
+        return ModelSpec.from_json(text) if text else ModelSpec()
+
+    @property
+    def batch_size(self) -> int | None:
+        """Number of samples, if whoever wrote the bundle knew."""
+        value = self._json("batch_size")
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """The stages that worked on this bundle, in order."""
+        value = self._json("stages")
+        return value if isinstance(value, list) else []
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Return the names of the tensors that begin with ``prefix``, without it."""
+        return [name[len(prefix) :] for name in self._tensors if name.startswith(prefix)]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        """Return dtype and shape of a tensor without reading it."""
+        value = self._tensors[name]
+        return value.infos[name] if isinstance(value, TensorFile) else tensor_info(value)
+
+    def tensor(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """Read one tensor onto ``device``.
+
+        Raises :class:`IncompleteError` when it is not there, :class:`InputError` when it holds NaN
+        or infinity.
+        """
+        if name not in self._tensors:
+            raise IncompleteError(f"the bundle holds no {name}", "run the stage that writes it")
+        value = self._tensors[name]
+        tensor = value.tensor(name) if isinstance(value, TensorFile) else value
+        _check_finite(name, tensor)
+        return tensor.to(device)
+
+    def tensors(self, prefix: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Read every tensor that begins with ``prefix``; the keys come without it."""
+        return {name: self.tensor(prefix + name, device) for name in self.names(prefix)}
+
+    def extended(
+        self,
+        tensors: Mapping[str, Tensor] | None = None,
+        *,
+        record: StageRecord | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Bundle:
+        """Return this bundle with further tensors and metadata, and a stage's record appended."""
+        merged = {**self.metadata, **(metadata or {})}
+        if record is not None:
+            merged["stages"] = json.dumps([*self.stages, asdict(record)])
+        return Bundle({**self._tensors, **(tensors or {})}, merged)
+
+    def write(self, out: IO[bytes]) -> None:
+        """Write the bundle to a binary stream, seekable or not."""
+        head = {"format": FORMAT, "schema": str(SCHEMA)}
+        write_tensors(out, self._tensors, {**self.metadata, **head})
+
+    def save(self, path: Path | str) -> None:
+        """Write the bundle to ``path``: whole or not at all; ``path`` may be the input itself."""
+        with atomic_path(path) as temporary, temporary.open("wb") as out:
+            self.write(out)
+
+    def _json(self, key: str) -> Any:
+        if key not in self.metadata:
+            return None
+        try:
+            return json.loads(self.metadata[key])
+        except ValueError as error:
+            raise InputError(
+                f"the bundle's metadata '{key}' is not JSON", "correct it, or leave the key out"
+            ) from error
+
+    def _check(self) -> None:
+        if self.metadata.get("format") == FORMAT:
+            schema = self.metadata.get("schema", str(SCHEMA))
+            if not schema.isdecimal() or int(schema) > SCHEMA:
+                raise InputError(
+                    f"the bundle has schema {schema}, and this gradleak {__version__} reads up to "
+                    f"{SCHEMA}",
+                    f"install a gradleak that reads schema {schema}",
+                )
+        for name in self._tensors:
+            if not name.startswith((GRAD, PARAM)):
+                continue
+            info = self.info(name)
+            if info.dtype not in FLOATING:
+                raise InputError(
+                    f"{name} has dtype {info.dtype}, which no gradient or weight has",
+                    "save it in a floating-point type",
+                )
+            other = PARAM + name[len(GRAD) :]
+            if name.startswith(GRAD) and other in self._tensors:
+                shape = self.info(other).shape
+                if shape != info.shape:
+                    raise InputError(
+                        f"{name} has shape {list(info.shape)} and {other} has {list(shape)}",
+                        "use the weights that the gradient was taken at",
+                    )
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    import torch
+
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    # One pass without a mask: NaN and infinity both reach the extremes.
+    low, high = torch.aminmax(tensor)
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        kind = "NaN" if bool(torch.isnan(low)) else "infinity"
+        raise InputError(f"{name} holds {kind}", "capture the gradient again")

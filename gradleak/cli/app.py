@@ -1,0 +1,98 @@
+"""The ``gradleak`` command: its subcommands, and what becomes of errors."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from gradleak import __version__
+from gradleak.cli import capture, feature, inspect, label, reconstruct, score
+from gradleak.cli.common import print_error
+from gradleak.errors import GradleakError
+
+# Typer carries its own copy of click or uses the installed one; both call their base class so.
+_ClickException: type[Exception] = next(
+    c
+    for c in typer.BadParameter.__mro__
+    if c.__name__ == "ClickException" and issubclass(c, Exception)
+)
+
+app = typer.Typer(
+    name="gradleak",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+for module in (capture, label, feature, reconstruct, score, inspect):
+    app.command(module.NAME, epilog=f"Example: {module.EXAMPLE}")(module.command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"gradleak {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Show, exactly and honestly, what a saved gradient gives away.
+
+    For measuring your own systems: each stage reads a gradient bundle, adds what it found, and
+    writes a bundle. Exit codes: 0 done, 2 usage, 3 invalid input, 4 answer not complete.
+    """
+
+
+def main() -> None:
+    """Run the command line; every failure is one line on stderr and an exit code."""
+    # The stages of a pipe share the cores. OpenMP's threads spin while they wait for each other,
+    # and two stages that spin against each other turn milliseconds into seconds.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+    except GradleakError as error:
+        print_error(str(error))
+        return error.exit_code
+    except _ClickException as error:
+        return _usage(error)
+    except (KeyboardInterrupt, typer.Abort):
+        print_error("interrupted")
+        return 130
+    except BrokenPipeError:
+        # The reader has what it wanted. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        mend = "free some space" if error.errno == errno.ENOSPC else "check path and permissions"
+        where = f" ({error.filename})" if error.filename else ""
+        print_error(f"{error.strerror or error}{where}; {mend}")
+        return 1
+    except MemoryError:
+        print_error("out of memory; use a smaller batch, image or network")
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+def _usage(error: Exception) -> int:
+    message = str(getattr(error, "format_message", error.__str__)())
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(message, file=sys.stderr)
+        return 2
+    command = context.command_path if context is not None else "gradleak"
+    print_error(f"{message} See: {command} --help")
+    return int(getattr(error, "exit_code", 2))

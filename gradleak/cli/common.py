@@ -1,0 +1,197 @@
+"""What every subcommand does around its stage: inputs, outputs, reports and exit codes."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import typer
+
+from gradleak.errors import GradleakError, UsageError
+
+if TYPE_CHECKING:
+    from gradleak.bundle import Bundle
+
+STDIO = "-"
+SCHEMA = 1
+INCOMPLETE = 4
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a stage has to say of one input: ``data`` for machines, ``rows`` for people.
+
+    ``rows`` are (name, value) pairs under ``title``; ``exit_code`` follows from the verdict.
+    """
+
+    title: str
+    rows: Sequence[tuple[str, str]]
+    data: dict[str, object]
+    exit_code: int = 0
+
+
+@dataclass
+class Console:
+    """Where a command prints: reports to stdout, or to stderr when stdout carries a bundle.
+
+    ``outputs`` are the bundle files it writes, ``-`` for standard output.
+    """
+
+    json: bool = False
+    quiet: bool = False
+    outputs: Sequence[str] = ()
+    codes: list[int] = field(default_factory=list)
+
+    def report(self, report: Report) -> None:
+        """Print the report as the user asked and remember its exit code."""
+        self.codes.append(report.exit_code)
+        stream = sys.stderr if STDIO in self.outputs else sys.stdout
+        if self.json:
+            print(json.dumps(_finite({"schema": SCHEMA, **report.data})), file=stream, flush=True)
+        elif not self.quiet:
+            _print_table(report, stream)
+
+    def note(self, text: str) -> None:
+        """Tell people something by the way, on stderr."""
+        if not self.quiet:
+            print(f"gradleak: {text}", file=sys.stderr)
+
+    def error(self, error: GradleakError, *, stage: str, source: str | None = None) -> None:
+        """Print one line on stderr, and the JSON object of the failed input if asked for."""
+        self.codes.append(error.exit_code)
+        where = f"{source}: " if source and source != STDIO and source not in str(error) else ""
+        print_error(f"{where}{error}")
+        if self.json:
+            stream = sys.stderr if STDIO in self.outputs else sys.stdout
+            data = {
+                "schema": SCHEMA,
+                "input": source,
+                "stage": stage,
+                "verdict": "failed",
+                "reason": str(error),
+                "exit_code": error.exit_code,
+            }
+            print(json.dumps(data), file=stream, flush=True)
+
+    def finish(self) -> None:
+        """Leave with the highest exit code seen."""
+        raise typer.Exit(max(self.codes, default=0))
+
+
+def print_error(message: str) -> None:
+    """Print the one line on stderr that every failure ends with."""
+    print("gradleak: " + " ".join(message.split()), file=sys.stderr)
+
+
+def choose_inputs(context: typer.Context, inputs: Sequence[str] | None) -> list[str]:
+    """Return the inputs given, else standard input if piped; on a terminal help and exit code 2."""
+    if inputs:
+        if list(inputs).count(STDIO) > 1:
+            raise UsageError("standard input is named twice", "give - once")
+        return list(inputs)
+    if sys.stdin is not None and not sys.stdin.isatty():
+        return [STDIO]
+    print(context.get_help(), file=sys.stderr)
+    raise typer.Exit(2)
+
+
+def open_bundle(source: str) -> Bundle:
+    """Open a bundle file, or standard input for ``-``."""
+    from gradleak.bundle import Bundle
+
+    return Bundle.read(sys.stdin.buffer) if source == STDIO else Bundle.open(source)
+
+
+def check_output(output: str | None, inputs: Sequence[str] = (STDIO,)) -> list[str]:
+    """Refuse, before any work, an output that cannot be written to or that several inputs share.
+
+    Returns the outputs as a list, empty without one.
+    """
+    if output is None:
+        return []
+    if len(inputs) > 1:
+        raise UsageError(
+            f"-o takes one input, and {len(inputs)} were given", "run the command once per input"
+        )
+    if output == STDIO:
+        if sys.stdout.isatty():
+            raise UsageError(
+                "a bundle is binary and does not go to a terminal", "pipe it on, or use -o FILE"
+            )
+        return [output]
+    path = Path(output)
+    if path.is_dir():
+        raise UsageError(f"{output} is a folder", "give -o a file name")
+    if not path.parent.is_dir():
+        raise UsageError(f"the folder {path.parent} does not exist", "create it first")
+    return [output]
+
+
+def write_bundle(bundle: Bundle, outputs: Sequence[str]) -> None:
+    """Write the bundle everywhere that ``-o`` says."""
+    for output in outputs:
+        if output == STDIO:
+            stream: BinaryIO = sys.stdout.buffer
+            bundle.write(stream)
+            stream.flush()
+        else:
+            bundle.save(output)
+
+
+def run_stage(
+    console: Console,
+    stage: str,
+    inputs: Sequence[str],
+    work: Callable[[str, Bundle], tuple[Report, Bundle]],
+) -> None:
+    """Run a stage over its inputs: one report each, one failure does not stop the rest."""
+    for source in inputs:
+        try:
+            report, bundle = work(source, open_bundle(source))
+            write_bundle(bundle, console.outputs)
+        except GradleakError as error:
+            console.error(error, stage=stage, source=source)
+            continue
+        console.report(report)
+    console.finish()
+
+
+def exit_code_of(verdict: str) -> int:
+    """Return 0 for a unique answer and 4 for every other verdict."""
+    return 0 if verdict == "unique" else INCOMPLETE
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Format a number for people."""
+    return "—" if value is None else f"{value:.{digits}g}"
+
+
+def _print_table(report: Report, stream: object) -> None:
+    from rich.console import Console as RichConsole
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in report.rows:
+        table.add_row(Text(name), Text(value))
+    console = RichConsole(file=stream, highlight=False)  # type: ignore[arg-type]
+    console.print(Text(report.title, style="bold"))
+    console.print(table)
+
+
+def _finite(value: object) -> object:
+    """Replace numbers that JSON cannot hold by null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,97 @@
+"""``gradleak recover-feature``: the inputs of the Linear layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from gradleak.cli.common import (
+    Console,
+    Report,
+    check_output,
+    choose_inputs,
+    exit_code_of,
+    number,
+    run_stage,
+)
+from gradleak.cli.options import (
+    Device,
+    HeadName,
+    Inputs,
+    Json,
+    OutputBundle,
+    Quiet,
+    Seed,
+    Weights,
+)
+
+if TYPE_CHECKING:
+    from gradleak.bundle import Bundle
+    from gradleak.stages.feature import FeatureOutcome
+
+NAME = "recover-feature"
+EXAMPLE = "gradleak recover-feature labelled.safetensors -o featured.safetensors"
+
+
+def command(
+    context: typer.Context,
+    inputs: Inputs = None,
+    head: HeadName = None,
+    weights: Weights = None,
+    output: OutputBundle = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    device: Device = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Recover the head's input feature, and the inputs of every Linear layer below it.
+
+    Takes a bundle that recover-label has worked on. Exit code 0 when every layer was reached.
+    """
+    sources = choose_inputs(context, inputs)
+    outputs = check_output(output, sources)
+    from gradleak.stages.feature import recover_feature
+
+    def work(source: str, bundle: Bundle) -> tuple[Report, Bundle]:
+        outcome = recover_feature(bundle, head=head, weights=weights, device=device, seed=seed)
+        return _report(source, outcome), outcome.bundle
+
+    run_stage(Console(json=json, quiet=quiet, outputs=outputs), NAME, sources, work)
+
+
+def _report(source: str, outcome: FeatureOutcome) -> Report:
+    layers: list[dict[str, object]] = [
+        {
+            "name": layer.name,
+            "width": len(layer.feature),
+            "norm": float(layer.feature.norm()),
+            "zeros": int((layer.feature == 0).sum()),
+            "residual": layer.residual,
+        }
+        for layer in outcome.layers
+    ]
+    rows = [("verdict", f"{outcome.verdict}: {outcome.reason}")]
+    rows += [
+        (
+            f"input of {layer['name']}",
+            f"{layer['width']} values, norm {layer['norm']:.6g}, residual {layer['residual']:.2g}",
+        )
+        for layer in layers
+    ]
+    rows.append(("method", outcome.method))
+    rows.append(("solved in", f"{number(1e3 * outcome.seconds)} ms on {outcome.device}"))
+    data: dict[str, object] = {
+        "input": source,
+        "stage": NAME,
+        "verdict": outcome.verdict,
+        "reason": outcome.reason,
+        "method": outcome.method,
+        "batch_size": 1,
+        "layers": layers,
+        "stopped": outcome.stopped,
+        "residual": outcome.residual,
+        "device": outcome.device,
+        "seconds": outcome.seconds,
+    }
+    return Report(source, rows, data, exit_code_of(outcome.verdict))

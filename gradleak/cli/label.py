@@ -1,0 +1,163 @@
+"""``gradleak recover-label``: the soft label behind a gradient."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gradleak.cli.common import (
+    Console,
+    Report,
+    check_output,
+    choose_inputs,
+    exit_code_of,
+    number,
+    run_stage,
+)
+from gradleak.cli.options import (
+    ATTACK,
+    Device,
+    HeadName,
+    Inputs,
+    Json,
+    OutputBundle,
+    Quiet,
+    Seed,
+    Weights,
+)
+
+if TYPE_CHECKING:
+    from gradleak.bundle import Bundle
+    from gradleak.labels.verdict import SampleLabel
+    from gradleak.stages.label import LabelOutcome
+
+NAME = "recover-label"
+EXAMPLE = "gradleak recover-label grads.safetensors"
+_SHOWN = 8
+
+
+def command(
+    context: typer.Context,
+    inputs: Inputs = None,
+    family: Annotated[
+        str,
+        typer.Option(
+            help="auto, hard, smooth, mixup, mixup+smooth, mixup3 or mixup3+smooth; auto lets the "
+            "gradient decide.",
+            rich_help_panel=ATTACK,
+        ),
+    ] = "auto",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="auto, bias (closed form) or scale (search; a bias gradient is ignored); auto "
+            "takes the closed form where the bias gradient is there.",
+            rich_help_panel=ATTACK,
+        ),
+    ] = "auto",
+    head: HeadName = None,
+    weights: Weights = None,
+    output: OutputBundle = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    device: Device = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Recover the soft label of the sample behind each gradient, with its certainty.
+
+    Exit code 0 when the answer is unique, 4 when it is ambiguous, unidentifiable or failed.
+    """
+    sources = choose_inputs(context, inputs)
+    outputs = check_output(output, sources)
+    from gradleak.stages.label import recover_label
+
+    def work(source: str, bundle: Bundle) -> tuple[Report, Bundle]:
+        outcome = recover_label(
+            bundle,
+            family=family,
+            method=method,
+            head=head,
+            weights=weights,
+            device=device,
+            seed=seed,
+        )
+        return _report(source, outcome), outcome.bundle
+
+    run_stage(Console(json=json, quiet=quiet, outputs=outputs), NAME, sources, work)
+
+
+def _report(source: str, outcome: LabelOutcome) -> Report:
+    result = outcome.result
+    rows = [("verdict", f"{result.verdict}: {result.reason}")]
+    if result.samples:
+        sample = result.samples[0]
+        rows += [("family", sample.family), *_entries(sample)]
+        rows.append(("scale", f"{sample.scale:.6g} ± {number(sample.scale_error, 2)}"))
+    rows += [
+        ("", f"or {other.family}: {_brief(other)}, scale {other.scale:.6g}")
+        for other in result.alternatives
+    ]
+    rows += [
+        ("", f"valid for every scale in [{i.low:.4g}, {i.high:.4g}]") for i in result.intervals
+    ]
+    rows += [
+        ("method", result.method),
+        ("head", outcome.head),
+        ("residual", number(result.residual)),
+        ("noise", number(result.noise)),
+        ("solved in", f"{1e3 * result.seconds:.1f} ms on {outcome.device}"),
+    ]
+    data: dict[str, object] = {
+        "input": source,
+        "stage": NAME,
+        "verdict": result.verdict,
+        "reason": result.reason,
+        "method": result.method,
+        "family": result.family,
+        "batch_size": result.batch_size,
+        "samples": [_sample(sample) for sample in result.samples],
+        "residual": result.residual,
+        "noise": result.noise,
+        "alternatives": [_sample(sample) for sample in result.alternatives],
+        "intervals": [[i.low, i.high] for i in result.intervals],
+        "head": outcome.head,
+        "device": outcome.device,
+        "seconds": result.seconds,
+    }
+    return Report(source, rows, data, exit_code_of(result.verdict))
+
+
+def _entries(sample: SampleLabel) -> list[tuple[str, str]]:
+    rows = [
+        (f"class {index}", f"{weight:.6f} ± {number(error, 2)}")
+        for index, weight, error in zip(
+            sample.classes[:_SHOWN], sample.weights, sample.weight_errors, strict=False
+        )
+    ]
+    hidden = len(sample.classes) - _SHOWN
+    if hidden > 0:
+        rows.append(("", f"and {hidden} more classes (--json lists them all)"))
+    if sample.base > 0:
+        rows.append(("other classes", f"{sample.base:.6g} ± {number(sample.base_error, 2)} each"))
+    return rows
+
+
+def _brief(sample: SampleLabel) -> str:
+    shown = list(zip(sample.classes, sample.weights, strict=True))[:3]
+    return ", ".join(f"class {index} {weight:.4f}" for index, weight in shown)
+
+
+def _sample(sample: SampleLabel) -> dict[str, object]:
+    return {
+        "family": sample.family,
+        "classes": list(sample.classes),
+        "weights": list(sample.weights),
+        "base": sample.base,
+        "scale": sample.scale,
+        "uncertainty": {
+            "weights": list(sample.weight_errors),
+            "base": sample.base_error,
+            "scale": sample.scale_error,
+        },
+    }

@@ -1,0 +1,284 @@
+"""``gradleak reconstruct``: the image behind a gradient."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gradleak.cli.common import (
+    STDIO,
+    Console,
+    Report,
+    check_output,
+    choose_inputs,
+    exit_code_of,
+    number,
+    run_stage,
+)
+from gradleak.cli.options import ATTACK, MODEL, OUTPUT, Device, Inputs, Json, Quiet, Seed, Weights
+from gradleak.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
+    from gradleak.bundle import Bundle
+    from gradleak.stages.reconstruct import ImageOutcome
+
+NAME = "reconstruct"
+EXAMPLE = "gradleak reconstruct featured.safetensors -o cat-recovered.png"
+_SHEET_WIDTH = 256
+
+
+def command(
+    context: typer.Context,
+    inputs: Inputs = None,
+    output: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="NAME.png writes the picture (a batch: NAME-0.png, NAME-1.png …), "
+            "NAME.safetensors or - the bundle; repeat it for both. Default: the report alone.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    sheet: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PNG",
+            help="Also write all images on one contact sheet. Default: none.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="auto, mlp (read off the first Linear layer) or match (gradient matching); auto "
+            "takes the exact one where it applies.",
+            rich_help_panel=ATTACK,
+        ),
+    ] = "auto",
+    distance: Annotated[
+        str,
+        typer.Option(
+            help="Distance between gradients when matching: auto, cosine or l2.",
+            rich_help_panel=ATTACK,
+        ),
+    ] = "auto",
+    optimiser: Annotated[
+        str,
+        typer.Option(
+            help="Optimiser when matching: auto, adam (signed) or lbfgs; auto takes lbfgs with l2 "
+            "for smooth networks.",
+            rich_help_panel=ATTACK,
+        ),
+    ] = "auto",
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Evaluations of the matching objective per restart, from 1. Default: 400 for "
+            "adam, 4000 for lbfgs.",
+            show_default=False,
+            rich_help_panel=ATTACK,
+        ),
+    ] = None,
+    restarts: Annotated[
+        int,
+        typer.Option(min=1, help="Starts of the matching, from 1.", rich_help_panel=ATTACK),
+    ] = 1,
+    time_limit: Annotated[
+        float,
+        typer.Option(
+            help="Seconds of matching over all restarts, above 0.", rich_help_panel=ATTACK
+        ),
+    ] = 60.0,
+    tv: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Weight of total variation when matching, from 0. Default: 0.01 for adam, 0 for "
+            "lbfgs.",
+            show_default=False,
+            rich_help_panel=ATTACK,
+        ),
+    ] = None,
+    feature_weight: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Weight of the recovered feature when matching, from 0. Default: 0.1.",
+            show_default=False,
+            rich_help_panel=ATTACK,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Your own network as module:factory, repeated here because a bundle's word "
+            "imports no code. Default: the bundle's built-in network.",
+            show_default=False,
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    weights: Weights = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    device: Device = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Reconstruct the image: exactly where the network allows, else by gradient matching.
+
+    Takes a bundle that recover-label and recover-feature have worked on. Exit code 0 only when the
+    finished image's own gradient is the given one to its precision, 4 for an approximation.
+    """
+    sources = choose_inputs(context, inputs)
+    bundles, pictures = _split_outputs(output or [], sources)
+    if sheet is not None:
+        check_output(sheet, sources)
+    from gradleak.reconstruction.options import MatchSettings
+    from gradleak.stages.reconstruct import reconstruct
+
+    console = Console(json=json, quiet=quiet, outputs=bundles)
+    settings = MatchSettings(
+        distance=distance,
+        optimiser=optimiser,
+        steps=steps,
+        restarts=restarts,
+        time_limit=time_limit,
+        tv=tv,
+        feature_weight=feature_weight,
+    )
+
+    def work(source: str, bundle: Bundle) -> tuple[Report, Bundle]:
+        with _progress_bar(quiet or json) as progress:
+            outcome = reconstruct(
+                bundle,
+                method=method,
+                settings=settings,
+                model=model,
+                weights=weights,
+                device=device,
+                seed=seed,
+                progress=progress,
+            )
+        written = _write_pictures(outcome.images, pictures, sheet)
+        return _report(source, outcome, written), outcome.bundle
+
+    run_stage(console, NAME, sources, work)
+
+
+def _split_outputs(outputs: list[str], sources: list[str]) -> tuple[list[str], list[str]]:
+    """Return the bundle files and the PNG files among the outputs, all of them checked."""
+    bundles, pictures = [], []
+    for output in outputs:
+        check_output(output, sources)
+        if output == STDIO or Path(output).suffix == ".safetensors":
+            bundles.append(output)
+        elif Path(output).suffix.lower() == ".png":
+            pictures.append(output)
+        else:
+            raise UsageError(
+                f"{output} is neither .png nor .safetensors", "name the output accordingly"
+            )
+    return bundles, pictures
+
+
+def _write_pictures(images: Tensor, outputs: list[str], sheet: str | None) -> list[str]:
+    from gradleak.images import contact_sheet, save_png, save_sheet
+
+    written = []
+    for path in map(Path, outputs):
+        many = [path.with_name(f"{path.stem}-{n}.png") for n in range(len(images))]
+        for name, image in zip(many if len(images) > 1 else [path], images, strict=True):
+            save_png(name, image)
+            written.append(str(name))
+    if sheet is not None:
+        row = [(f"sample {n}", image) for n, image in enumerate(images)]
+        scale = max(1, _SHEET_WIDTH // images.shape[-1])
+        save_sheet(sheet, contact_sheet([row], scale=scale))
+        written.append(sheet)
+    return written
+
+
+def _report(source: str, outcome: ImageOutcome, written: list[str]) -> Report:
+    certificate, match = outcome.certificate, outcome.match
+    rows = [
+        ("verdict", f"{outcome.verdict}: {outcome.reason}"),
+        ("method", outcome.method if match is None else _describe_match(outcome)),
+        (
+            "residual",
+            f"{number(certificate.relative)} of the gradient, whose precision is "
+            f"{number(certificate.precision)}",
+        ),
+        ("solved in", f"{outcome.seconds:.3g} s on {outcome.device}"),
+        *(("wrote", name) for name in written),
+    ]
+    data: dict[str, object] = {
+        "input": source,
+        "stage": NAME,
+        "verdict": outcome.verdict,
+        "reason": outcome.reason,
+        "method": outcome.method,
+        "batch_size": len(outcome.images),
+        "exact": certificate.exact,
+        "residual": certificate.relative,
+        "precision": certificate.precision,
+        "matching": None
+        if match is None
+        else {
+            "distance": match.options.distance,
+            "optimiser": match.options.optimiser,
+            "objective": match.objective,
+            "steps": match.steps,
+            "restart": match.restart,
+            "stopped": match.stopped,
+        },
+        "images": written,
+        "device": outcome.device,
+        "seconds": outcome.seconds,
+    }
+    return Report(source, rows, data, exit_code_of(outcome.verdict))
+
+
+def _describe_match(outcome: ImageOutcome) -> str:
+    match = outcome.match
+    assert match is not None
+    return (
+        f"gradient matching, {match.options.distance} with {match.options.optimiser}, "
+        f"{match.steps} steps, ended by {match.stopped}"
+    )
+
+
+@contextmanager
+def _progress_bar(hidden: bool) -> Iterator[Callable[[int, int, float], None] | None]:
+    """Show matching progress on stderr, on a terminal only."""
+    if hidden or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console as RichConsole
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("gradient matching"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} objective {task.fields[objective]:.3g}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=RichConsole(stderr=True), transient=True) as progress:
+        task = progress.add_task("matching", total=None, objective=float("nan"), visible=False)
+
+        def update(done: int, total: int, objective: float) -> None:
+            progress.update(task, completed=done, total=total, objective=objective, visible=True)
+
+        yield update

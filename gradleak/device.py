@@ -1,0 +1,32 @@
+"""Choosing the device: ``auto`` takes CUDA when it is there, a named one must exist."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gradleak.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """Return the device called ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises :class:`UsageError` for another name, or for CUDA where there is none: nothing falls back
+    to the CPU silently.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in {"cpu", "cuda"} or (number and not number.isdecimal()):
+        raise UsageError(f"unknown device '{name}'", "use auto, cpu, cuda or cuda:N")
+    if kind == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(number or 0) >= count:
+            raise UsageError(
+                f"device '{name}' is not there ({count} CUDA devices found)", "use --device cpu"
+            )
+    return torch.device(name)

@@ -1,0 +1,1 @@
+"""Images from gradients: exactly for MLPs, by matching for everything else, and certified."""

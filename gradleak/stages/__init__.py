@@ -1,0 +1,1 @@
+"""The stages of the pipeline: each takes a bundle and returns it with what it found."""

@@ -1,0 +1,181 @@
+"""Stage ``recover-feature``: from the label to the inputs of the Linear layers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from gradleak.bundle import FEATURE, GRAD, LABEL, PARAM, Bundle, StageRecord
+from gradleak.device import resolve_device
+from gradleak.errors import IncompleteError, InputError
+from gradleak.features import LayerTensors, PeeledLayer, Peeling, peel_linear_layers
+from gradleak.head import Head, find_head, parameter_name, read_head, with_weights
+from gradleak.labels.bias import scale_from_bias
+from gradleak.labels.factorise import leading_triple, rank_of
+from gradleak.labels.known import scale_of_label
+from gradleak.labels.single import scale_problem
+from gradleak.labels.verdict import Verdict
+from gradleak.models.spec import LinearLayer
+
+# The label may miss the gradient by this much, relative, before the two do not belong together.
+_CONSISTENT = 1e-2
+
+
+@dataclass(frozen=True)
+class FeatureOutcome:
+    """The enriched ``bundle`` and the peeled ``layers``, from the head downwards.
+
+    ``residual`` is that of the head's gradient; ``stopped`` says why lower Linear layers, if there
+    are any, were not reached.
+    """
+
+    bundle: Bundle
+    verdict: Verdict
+    reason: str
+    method: str
+    layers: tuple[PeeledLayer, ...]
+    stopped: str | None
+    residual: float
+    device: str
+    seconds: float
+
+
+def recover_feature(
+    bundle: Bundle,
+    *,
+    head: str | None = None,
+    weights: Path | str | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> FeatureOutcome:
+    """Recover the head's input feature, and by peeling those of every Linear layer below it.
+
+    Needs ``label/soft`` from ``recover-label``. Features go to ``feature/<layer>`` (N, D) float64.
+    ``progress`` is called with each layer's name. Raises :class:`IncompleteError` without a label
+    or for a batch, :class:`InputError` for a label that does not belong to the gradient.
+    """
+    where = resolve_device(device)
+    if LABEL not in bundle:
+        raise IncompleteError(f"the bundle holds no {LABEL}", "run gradleak recover-label first")
+    label = bundle.tensor(LABEL, where).double()
+    name = head if head is not None else find_head(bundle)
+    layers = _chain(bundle, name)
+    names = tuple(parameter_name(x.name, kind) for x in layers for kind in ("weight", "bias"))
+    bundle_with_weights = with_weights(bundle, weights, names)
+    layer = read_head(bundle_with_weights, name=name, device=where)
+    if label.dim() != 2 or label.shape[1] != layer.grad_weight.shape[0]:
+        raise InputError(
+            f"{LABEL} has shape {list(label.shape)} for a head of {layer.grad_weight.shape[0]} "
+            "classes",
+            "run gradleak recover-label on this bundle",
+        )
+    if len(label) != 1:
+        raise IncompleteError(
+            f"{LABEL} holds {len(label)} samples, and features are recovered for one",
+            "attack gradients of single samples",
+        )
+    start = time.perf_counter()
+    feature, delta, method = _head_feature(layer, label[0])
+
+    def read(name: str) -> LayerTensors:
+        if name == layer.name:  # already read, and on its device
+            return LayerTensors(layer.weight, layer.grad_weight, layer.bias, layer.grad_bias)
+        return read_layer(bundle_with_weights, name, where)
+
+    peeling = peel_linear_layers(layers, read, feature, delta, progress)
+    seconds = time.perf_counter() - start
+    verdict, reason = _verdict(bundle, peeling, len(layers))
+    record = StageRecord(
+        "recover-feature",
+        {"head": layer.name},
+        seed=seed,
+        device=str(where),
+        seconds=seconds,
+        verdict=verdict,
+    )
+    found = {FEATURE + peeled.name: peeled.feature[None] for peeled in peeling.layers}
+    return FeatureOutcome(
+        bundle=bundle.extended(found, record=record),
+        verdict=verdict,
+        reason=reason,
+        method=method,
+        layers=peeling.layers,
+        stopped=peeling.stopped,
+        residual=peeling.layers[0].residual,
+        device=str(where),
+        seconds=seconds,
+    )
+
+
+def _head_feature(head: Head, label: Tensor) -> tuple[Tensor, Tensor, str]:
+    """Return the head's input (D,), its output delta (C,), and how the scale was found."""
+    leading = leading_triple(head.grad_weight[None])
+    if float(leading.sigma) == 0.0:
+        raise IncompleteError("the head gradient is exactly zero", "it determines no feature")
+    rank = rank_of(head.grad_weight[None], leading)
+    if rank.rank != 1:
+        raise IncompleteError(
+            f"the head gradient has rank {rank.rank}, a batch; features are recovered for one "
+            "sample",
+            "attack gradients of single samples",
+        )
+    if head.grad_bias is not None and not rank.noisy:
+        scale, method = float(scale_from_bias(leading, head.grad_bias)), "bias"
+    else:
+        noise = rank.noise if rank.noisy else 0.0
+        dtype = head.grad_weight.dtype
+        problem = scale_problem(leading, head.weight, head.bias, noise=noise, dtype=dtype)
+        known = scale_of_label(problem, label)
+        if known.residual > _CONSISTENT and not rank.noisy:
+            raise InputError(
+                f"the label misses the head gradient by {known.residual:.1%} at every scale",
+                "recover the label from this bundle, or give the weights of this gradient",
+            )
+        scale, method = known.scale, "label"
+    feature = scale * leading.v[0]
+    delta = leading.sigma / scale * leading.u[0]
+    return feature, delta, method
+
+
+def _chain(bundle: Bundle, head: str) -> tuple[LinearLayer, ...]:
+    """Return the Linear layers that end with ``head``; it alone if the metadata knows no more."""
+    layers = bundle.model.layers
+    if layers and layers[-1].name == head:
+        return layers
+    return (LinearLayer(head),)
+
+
+def read_layer(bundle: Bundle, layer: str, device: torch.device) -> LayerTensors:
+    """Read what the bundle holds of one Linear layer onto ``device``."""
+
+    def optional(kind: str, parameter: str) -> Tensor | None:
+        name = kind + parameter_name(layer, parameter)
+        return bundle.tensor(name, device) if name in bundle else None
+
+    return LayerTensors(
+        weight=optional(PARAM, "weight"),
+        grad_weight=optional(GRAD, "weight"),
+        bias=optional(PARAM, "bias"),
+        grad_bias=optional(GRAD, "bias"),
+    )
+
+
+def _verdict(bundle: Bundle, peeling: Peeling, layers: int) -> tuple[Verdict, str]:
+    """Judge by the label's own verdict, and by whether every Linear layer was reached."""
+    labels = [stage for stage in bundle.stages if stage.get("stage") == "recover-label"]
+    said = labels[-1].get("verdict") if labels else "unique"
+    for verdict in get_args(Verdict):
+        if said == verdict != "unique":
+            return verdict, f"the label they rest on is {verdict}"
+    if peeling.stopped is not None:
+        reached = len(peeling.layers)
+        return "failed", f"{reached} of {layers} Linear layers were reached ({peeling.stopped})"
+    worst = max(peeling.layers, key=lambda peeled: peeled.residual)
+    return "unique", f"largest residual {worst.residual:.1e}, in {worst.name}"

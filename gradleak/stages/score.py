@@ -1,0 +1,111 @@
+"""``score``: how close an answer came. The only stage that reads the truth; no attack calls it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gradleak.bundle import FEATURE, IMAGE, LABEL, Bundle
+from gradleak.errors import IncompleteError, InputError
+from gradleak.images import load_image
+from gradleak.metrics import (
+    ImageScore,
+    LabelScore,
+    image_score,
+    label_errors,
+    match_samples,
+    relative_error,
+)
+from gradleak.truth import Truth
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Score:
+    """What could be compared; None or empty where one side lacks it.
+
+    ``features`` maps layers to the relative errors (N,); ``image_note`` says what was done to the
+    picture compared with; ``order`` is the sample of the recovered batch for each true one.
+    """
+
+    labels: LabelScore | None
+    features: dict[str, tuple[float, ...]]
+    images: ImageScore | None
+    image_note: str | None
+    order: tuple[int, ...]
+
+
+def score(
+    recovered: Bundle | Tensor, *, truth: Truth | None = None, against: Path | str | None = None
+) -> Score:
+    """Compare recovered label, features and image with the truth, or an image with a picture file.
+
+    ``recovered`` is a bundle, or an image (3, H, W) in [0, 1]. ``against`` is resized to the size
+    of the recovered image as ``capture`` does. Samples of a batch are matched by their labels.
+    Raises :class:`IncompleteError` when there is nothing to compare.
+    """
+    bundle = recovered if isinstance(recovered, Bundle) else None
+    images = bundle.tensor(IMAGE) if bundle is not None and IMAGE in bundle else None
+    if not isinstance(recovered, Bundle):
+        images = recovered[None]
+    labels = bundle.tensor(LABEL) if bundle is not None and LABEL in bundle else None
+    found = _against_truth(bundle, labels, images, truth) if truth is not None else None
+    if against is None:
+        if found is None or (found.labels is None and not found.features and found.images is None):
+            raise IncompleteError(
+                "there is nothing to compare", "give --truth or --against, and a recovered bundle"
+            )
+        return found
+    if images is None or len(images) != 1:
+        count = 0 if images is None else len(images)
+        raise IncompleteError(
+            f"--against compares one image, and the bundle holds {count}",
+            "run gradleak reconstruct first, or use --truth for a batch",
+        )
+    loaded = load_image(against, images.shape[-1])
+    compared = image_score(images, loaded.pixels[None])
+    return Score(
+        labels=found.labels if found else None,
+        features=found.features if found else {},
+        images=compared,
+        image_note=loaded.note,
+        order=found.order if found else (0,),
+    )
+
+
+def _against_truth(
+    bundle: Bundle | None, labels: Tensor | None, images: Tensor | None, truth: Truth
+) -> Score:
+    count = len(truth.labels)
+    order: Tensor | None = None
+    if labels is not None:
+        if labels.shape != truth.labels.shape:
+            raise InputError(
+                f"the recovered labels are {list(labels.shape)} and the true ones "
+                f"{list(truth.labels.shape)}",
+                "score the bundle against the truth of the same capture",
+            )
+        order = match_samples(labels.double(), truth.labels.double())
+    index = list(range(count)) if order is None else order.tolist()
+    features: dict[str, tuple[float, ...]] = {}
+    for name, true in truth.features.items():
+        if bundle is not None and FEATURE + name in bundle:
+            found = bundle.tensor(FEATURE + name).double()[index]
+            features[name] = _floats(relative_error(found, true.double()))
+    return Score(
+        labels=None
+        if labels is None
+        else label_errors(labels.double()[index], truth.labels.double()),
+        features=features,
+        images=None if images is None else image_score(images[index], truth.images),
+        image_note=None,
+        order=tuple(index),
+    )
+
+
+def _floats(values: torch.Tensor) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)
