@@ -116,11 +116,19 @@ class Bundle:
         Raises :class:`IncompleteError` when it is not there, :class:`InputError` when it holds NaN
         or infinity.
         """
+        tensor = self.unchecked(name, device)
+        check_finite(name, tensor)
+        return tensor
+
+    def unchecked(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """Read one tensor without looking for NaN: one pass less over a large one.
+
+        The caller checks what it computes from it, and on a surprise calls ``check_finite``.
+        """
         if name not in self._tensors:
             raise IncompleteError(f"the bundle holds no {name}", "run the stage that writes it")
         value = self._tensors[name]
         tensor = value.tensor(name) if isinstance(value, TensorFile) else value
-        _check_finite(name, tensor)
         return tensor.to(device)
 
     def tensors(self, prefix: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -188,7 +196,8 @@ class Bundle:
                     )
 
 
-def _check_finite(name: str, tensor: Tensor) -> None:
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise :class:`InputError` naming the tensor if it holds NaN or infinity."""
     import torch
 
     if not tensor.is_floating_point() or not tensor.numel():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,17 +23,14 @@ _STARTS = 8
 _STEPS = 40
 
 
-@dataclass(frozen=True)
-class LayerTensors:
-    """What a bundle holds of one Linear layer; None where it holds nothing.
+class LayerReader(Protocol):
+    """Reads the tensors of Linear layers; what is not read is not paid for."""
 
-    ``weight`` and ``grad_weight`` (out, in), ``bias`` and ``grad_bias`` (out,).
-    """
+    def gradient(self, layer: str, kind: str = "weight") -> Tensor | None:
+        """Return the gradient of the layer's ``weight`` (out, in) or ``bias`` (out,), or None."""
 
-    weight: Tensor | None
-    grad_weight: Tensor | None
-    bias: Tensor | None = None
-    grad_bias: Tensor | None = None
+    def parameter(self, layer: str, kind: str = "weight") -> Tensor | None:
+        """Return the layer's ``weight`` or ``bias``, or None where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -57,60 +55,70 @@ class Peeling:
 
 def peel_linear_layers(
     layers: Sequence[LinearLayer],
-    read: Callable[[str], LayerTensors],
+    read: LayerReader,
     feature: Tensor,
     delta: Tensor,
     progress: Callable[[str], None] | None = None,
 ) -> Peeling:
     """Recover the inputs of all Linear layers from the head's.
 
-    ``layers`` in forward order end with the head; ``read`` fetches a layer's tensors; ``feature``
+    ``layers`` in forward order end with the head; ``read`` fetches their tensors; ``feature``
     (D,) and ``delta`` (C,) are the head's input and output delta in float64. Stops, and says so, at
     an unknown activation, a missing gradient or weight, or a vanished delta.
     """
-    head = read(layers[-1].name)
-    if head.grad_weight is None:
+    gradient = read.gradient(layers[-1].name)
+    if gradient is None:
         raise IncompleteError("the head's gradient is missing", "capture it")
-    peeled = [
-        PeeledLayer(layers[-1].name, feature, outer_residual(head.grad_weight, delta, feature))
-    ]
-    upper = head
-    for layer in reversed(layers[:-1]):
+    peeled = [PeeledLayer(layers[-1].name, feature, outer_residual(gradient, delta, feature))]
+    for upper, layer in zip(layers[:0:-1], layers[-2::-1], strict=True):
         if progress is not None:
             progress(layer.name)
-        tensors = read(layer.name)
-        if tensors.grad_weight is None:
-            return Peeling(tuple(peeled), f"no gradient of {layer.name}")
-        if upper.weight is None:
-            return Peeling(tuple(peeled), f"no weight of the layer above {layer.name}")
-        slope = _slope(layer.activation, feature, tensors)
-        if isinstance(slope, str):
-            return Peeling(tuple(peeled), f"{layer.name}: {slope}")
-        delta = rmatvec(upper.weight, delta) * slope
-        if tensors.grad_bias is not None:  # the delta itself, without the layers above
-            delta = tensors.grad_bias.double()
-        square = delta.square().sum()
+        found = _delta_below(upper.name, layer, read, feature, delta)
+        gradient = read.gradient(layer.name)
+        if isinstance(found, str) or gradient is None:
+            why = found if isinstance(found, str) else "no gradient of it"
+            return Peeling(tuple(peeled), f"{layer.name}: {why}")
+        delta, square = found, found.square().sum()
         if not float(square) > 0.0:
             return Peeling(tuple(peeled), f"{layer.name}: no delta passes its activation")
-        feature = rmatvec(tensors.grad_weight, delta) / square
-        residual = outer_residual(tensors.grad_weight, delta, feature)
+        feature = rmatvec(gradient, delta) / square
+        residual = outer_residual(gradient, delta, feature)
         peeled.append(PeeledLayer(layer.name, feature, residual))
-        upper = tensors
     return Peeling(tuple(peeled), None)
 
 
-def _slope(name: str | None, output: Tensor, below: LayerTensors) -> Tensor | str:
+def _delta_below(
+    upper: str, layer: LinearLayer, read: LayerReader, output: Tensor, delta: Tensor
+) -> Tensor | str:
+    """Return the delta (out,) at the layer's own output, or why it cannot be had.
+
+    ``output`` and ``delta`` are the input of the Linear layer ``upper`` above and the delta at its
+    output. A bias gradient is the delta itself, without the layers above.
+    """
+    given = read.gradient(layer.name, "bias")
+    if given is not None:
+        return given.double()
+    weight = read.parameter(upper)
+    if weight is None:
+        return "no weight of the layer above it"
+    slope = _slope(layer, read, output)
+    return slope if isinstance(slope, str) else rmatvec(weight, delta) * slope
+
+
+def _slope(layer: LinearLayer, read: LayerReader, output: Tensor) -> Tensor | str:
     """Return φ' at the pre-activation whose activation is ``output``, or why it is not known."""
-    phi = activation(name)
+    phi = activation(layer.activation)
     if phi is None:
-        return f"the activation after it ({name or 'not recorded'}) is not known"
+        return f"the activation after it ({layer.activation or 'not recorded'}) is not known"
     if phi.slope_at_output is not None:
         return phi.slope_at_output(output)
-    if below.weight is None or below.grad_weight is None:
-        return f"{name} needs the layer's weight to be inverted"
+    weight, gradient = read.parameter(layer.name), read.gradient(layer.name)
+    if weight is None or gradient is None:
+        return f"{layer.activation} needs the layer's weight and gradient to be inverted"
     # φ is not invertible pointwise, but the layer's input is known up to its scale (§5).
-    direction = matvec(below.weight, leading_triple(below.grad_weight[None]).v[0])
-    offset = torch.zeros_like(direction) if below.bias is None else below.bias.double()
+    direction = matvec(weight, leading_triple(gradient[None]).v[0])
+    bias = read.parameter(layer.name, "bias")
+    offset = torch.zeros_like(direction) if bias is None else bias.double()
     scale = _scale_through(phi.apply, phi.slope_at_input, direction, offset, output)
     return phi.slope_at_input(scale * direction + offset)
 

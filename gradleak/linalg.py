@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# A block of this many float64 values stays in a core's cache while it is used.
-_BLOCK = 1 << 18
+# Values of a float64 block that stays in a core's cache while it is used twice, and of a block
+# that is looked at once, large enough to be shared out to the cores.
+_BLOCK, _ONCE = 1 << 18, 1 << 20
+_RUN = 64
 
 
 def precision(dtype: torch.dtype) -> float:
@@ -16,10 +18,10 @@ def precision(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps) / 2.0
 
 
-def row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """Yield row slices of ``matrix`` (..., R, K) such that a block fits a core's cache."""
+def row_blocks(matrix: Tensor, values: int = _BLOCK) -> Iterator[slice]:
+    """Yield row slices of ``matrix`` (..., R, K) with about ``values`` values each."""
     rows = matrix.shape[-2]
-    step = max(1, _BLOCK * rows // max(1, matrix.numel()))
+    step = max(1, values * rows // max(1, matrix.numel()))
     for start in range(0, rows, step):
         yield slice(start, min(rows, start + step))
 
@@ -31,10 +33,18 @@ def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
 
 
 def rmatvec(matrix: Tensor, vector: Tensor) -> Tensor:
-    """Return ``matrix.T @ vector`` for (R, K) and (R,) as float64 (K,)."""
+    """Return ``matrix.T @ vector`` for (R, K) and (R,) as float64 (K,).
+
+    A float32 matrix is summed in float32 over short runs of rows and in float64 over the runs,
+    which costs no copy of it: the error is that of a sum of ``_RUN`` terms, averaged over the runs.
+    """
+    if matrix.dtype not in (torch.float32, torch.float64):
+        matrix = matrix.float()
+    vector = vector.to(matrix.dtype)
     out = torch.zeros(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
-    for rows in row_blocks(matrix):
-        out += vector[rows] @ matrix[rows].double()
+    for start in range(0, len(matrix), _RUN):
+        rows = slice(start, start + _RUN)
+        out += vector[rows] @ matrix[rows]
     return out
 
 
@@ -46,7 +56,7 @@ def outer_residual(matrix: Tensor, left: Tensor, right: Tensor) -> float:
     """
     left, right = left.to(matrix.dtype), right.to(matrix.dtype)
     rest = total = torch.zeros((), dtype=torch.float64, device=matrix.device)
-    for rows in row_blocks(matrix):
+    for rows in row_blocks(matrix, _ONCE):
         block = matrix[rows]
         difference = torch.addr(block, left[rows], right, alpha=-1.0)
         rest = rest + _square(difference)

@@ -18,7 +18,7 @@ from torch.linalg import vecdot
 
 from gradleak.labels.problem import FamilyTable, Point, ScaleProblem, largest_first, rest_mask
 
-_UNIFORM_STEPS, _WEIGHTED_STEPS = 3, 4
+_UNIFORM_STEPS, _WEIGHTED_STEPS = 2, 3
 # Candidates of a family that survive the first descent.
 _SURVIVORS = 2
 _LARGEST_STEP = 0.3

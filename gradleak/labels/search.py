@@ -20,7 +20,7 @@ from gradleak.labels.problem import FamilyTable, ScaleProblem, largest_first
 _LOG_STEP, _LINEAR_STEP = 0.1, 0.4
 _SATURATED, _END = 60.0, 1e5
 _SATURATED_STEP = 0.02
-_KEEP = 4
+_KEEP = 3
 
 
 def scale_grid(problem: ScaleProblem) -> Tensor:
@@ -112,14 +112,13 @@ def _rest_sums(t: Tensor, top: Tensor) -> list[tuple[Tensor, Tensor]]:
 def find_candidates(problem: ScaleProblem, table: FamilyTable) -> Tensor:
     """Return (B, F, K) signed scales: the best local minima of ρ of every family, both signs."""
     grid = scale_grid(problem)
-    found = []
-    for sign in (1.0, -1.0):
-        scales = sign * grid
-        curves = residual_curves(problem, scales, table)
-        edge = torch.full_like(curves[..., :1], math.inf)
-        before = torch.cat([edge, curves[..., :-1]], -1)
-        after = torch.cat([curves[..., 1:], edge], -1)
-        depth = torch.where((curves <= before) & (curves <= after), curves, math.inf)
-        best = depth.topk(min(_KEEP, depth.shape[-1]), -1, largest=False).indices
-        found.append(scales.expand(len(curves), -1, -1).gather(-1, best))
-    return torch.cat(found, -1).movedim(0, 1)
+    scales = torch.stack([grid, -grid], 1)  # (B, 2, S)
+    curves = residual_curves(problem, scales.flatten(1), table)
+    curves = curves.reshape(len(curves), *scales.shape)
+    falls = torch.ones_like(curves, dtype=torch.bool)
+    falls[..., 1:] &= curves[..., 1:] <= curves[..., :-1]
+    falls[..., :-1] &= curves[..., :-1] <= curves[..., 1:]
+    depth = curves.masked_fill(~falls, math.inf)
+    best = depth.topk(min(_KEEP, depth.shape[-1]), -1, largest=False).indices
+    found = scales.expand_as(curves).gather(-1, best)  # (F, B, 2, K)
+    return found.flatten(2).movedim(0, 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradleak.errors import InputError
 from gradleak.labels.bias import scale_from_bias
 from gradleak.labels.decide import Decision, decide
-from gradleak.labels.factorise import RankOne, leading_triple, rank_of
+from gradleak.labels.factorise import Rank, RankOne, leading_triple, rank_of
 from gradleak.labels.problem import FamilyTable, ScaleProblem
 from gradleak.labels.refine import describe, refine
 from gradleak.labels.search import find_candidates
@@ -24,6 +24,7 @@ from gradleak.softlabels import FAMILIES, Family
 _COLUMN_SUMS, _ROUNDINGS, _LARGEST_FEATURE = 1e-3, 16.0, 100.0
 
 
+@torch.no_grad()
 def recover_single(
     grad_weight: Tensor,
     weight: Tensor,
@@ -49,7 +50,7 @@ def recover_single(
             "unidentifiable", "the gradient is exactly zero and determines nothing", "none", None, 0
         )
     rank = rank_of(grad_weight[None], leading)
-    check_column_sums(grad_weight, rank.noise if rank.noisy else 0.0)
+    check_column_sums(grad_weight, leading, rank)
     if rank.rank != 1:
         most = min(classes - 1, width)
         count = f"at least {most}" if rank.rank >= most else f"about {rank.rank}"
@@ -95,18 +96,22 @@ def scale_problem(
     )
 
 
-def check_column_sums(grad_weight: Tensor, noise: float) -> None:
+def check_column_sums(grad_weight: Tensor, leading: RankOne, rank: Rank) -> None:
     """Raise :class:`InputError` unless every column of ``(C, D)`` sums to zero over the classes.
 
-    ``noise`` is the standard deviation of additive noise on one entry, 0 for none.
+    A gradient of rank one is σ u vᵀ and its columns sum to σ (Σ u) v: no second look at it.
     """
     classes, width = grad_weight.shape
-    wide = torch.promote_types(grad_weight.dtype, torch.float32)
-    total = float(grad_weight.sum(0, dtype=wide).abs().sum())
-    size = float(torch.linalg.vector_norm(grad_weight, ord=1, dtype=wide))
+    if rank.rank == 1 and not rank.noisy:
+        u, spread = leading.u[0], leading.sigma[0] * leading.v[0].abs().sum()
+        total, size = float(u.sum().abs() * spread), float(u.abs().sum() * spread)
+    else:
+        total = float(grad_weight.double().sum(0).abs().sum())
+        size = float(grad_weight.double().abs().sum())
     rounding = _ROUNDINGS * precision(grad_weight.dtype)
     allowed = max(_COLUMN_SUMS, rounding) * size + rounding * _LARGEST_FEATURE * width
-    allowed += 4.0 * noise * math.sqrt(classes) * width
+    if rank.noisy:
+        allowed += 4.0 * rank.noise * math.sqrt(classes) * width
     if total > allowed:
         raise InputError(
             f"the columns of the head gradient sum to {total / size:.2g} of its size over the "

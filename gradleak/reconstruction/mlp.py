@@ -8,14 +8,14 @@ no gradient is formed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from gradleak.activations import activation
 from gradleak.errors import IncompleteError
-from gradleak.features import LayerTensors
+from gradleak.features import LayerReader
 from gradleak.images import denormalise, normalise
 from gradleak.linalg import matvec, outer_residual, precision, rmatvec
 from gradleak.models.spec import LinearLayer
@@ -32,7 +32,7 @@ def image_of_feature(
 
 def check_mlp(
     layers: Sequence[LinearLayer],
-    read: Callable[[str], LayerTensors],
+    read: LayerReader,
     image: Tensor,
     label: Tensor,
     mean: Sequence[float],
@@ -45,16 +45,12 @@ def check_mlp(
     MLP of one sample, without building the network or forming a gradient. Raises
     :class:`IncompleteError` where the chain has an unknown activation or a missing tensor.
     """
-    tensors = {layer.name: read(layer.name) for layer in layers}
-    first = tensors[layers[0].name].grad_weight
-    if first is None:
-        raise IncompleteError(f"no gradient of {layers[0].name}", "capture it")
-    exact = _simulate(layers, tensors, image.double(), label, mean, std)
-    rounded = _simulate(layers, tensors, image.to(first.dtype), label, mean, std)
+    first = _present(read.gradient(layers[0].name), f"gradient of {layers[0].name}")
+    exact = _simulate(layers, read, image.double(), label, mean, std)
+    rounded = _simulate(layers, read, image.to(first.dtype), label, mean, std)
     per_tensor, norms, rounding = {}, {}, {}
     for layer in layers:
-        gradient = tensors[layer.name].grad_weight
-        assert gradient is not None
+        gradient = _present(read.gradient(layer.name), f"gradient of {layer.name}")
         name = f"{layer.name}.weight"
         delta, x = exact[layer.name]
         per_tensor[name] = outer_residual(gradient, delta, x)
@@ -69,7 +65,7 @@ def check_mlp(
 
 def _simulate(
     layers: Sequence[LinearLayer],
-    tensors: Mapping[str, LayerTensors],
+    read: LayerReader,
     image: Tensor,
     label: Tensor,
     mean: Sequence[float],
@@ -79,12 +75,11 @@ def _simulate(
     x = normalise(image, mean, std).reshape(-1)
     inputs, pre = [], []
     for layer in layers:
-        held = tensors[layer.name]
-        if held.weight is None:
-            raise IncompleteError(f"no weight of {layer.name}", "give --weights FILE")
+        weight = _present(read.parameter(layer.name), f"weight of {layer.name}")
+        bias = read.parameter(layer.name, "bias")
         inputs.append(x)
-        z = _times(held.weight, x)
-        z = z if held.bias is None else z + held.bias.to(z.dtype)
+        z = _times(weight, x)
+        z = z if bias is None else z + bias.to(z.dtype)
         pre.append(z)
         if layer is layers[-1]:
             break
@@ -99,12 +94,18 @@ def _simulate(
     for upper, layer, z, x in zip(
         layers[:0:-1], layers[-2::-1], pre[-2::-1], inputs[-2::-1], strict=True
     ):
-        weight, phi = tensors[upper.name].weight, activation(layer.activation)
-        assert weight is not None
-        assert phi is not None
+        weight = _present(read.parameter(upper.name), f"weight of {upper.name}")
+        phi = activation(layer.activation)
+        assert phi is not None  # the forward pass has been through it
         delta = _transposed_times(weight, delta) * phi.slope_at_input(z)
         found[layer.name] = (delta.double(), x.double())
     return found
+
+
+def _present(tensor: Tensor | None, what: str) -> Tensor:
+    if tensor is None:
+        raise IncompleteError(f"the bundle holds no {what}", "capture it, or give --weights FILE")
+    return tensor
 
 
 def _times(weight: Tensor, x: Tensor) -> Tensor:

@@ -11,10 +11,18 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from gradleak.bundle import FEATURE, GRAD, LABEL, PARAM, Bundle, StageRecord
+from gradleak.bundle import (
+    FEATURE,
+    GRAD,
+    LABEL,
+    PARAM,
+    Bundle,
+    StageRecord,
+    check_finite,
+)
 from gradleak.device import resolve_device
 from gradleak.errors import IncompleteError, InputError
-from gradleak.features import LayerTensors, PeeledLayer, Peeling, peel_linear_layers
+from gradleak.features import PeeledLayer, Peeling, peel_linear_layers
 from gradleak.head import Head, find_head, parameter_name, read_head, with_weights
 from gradleak.labels.bias import scale_from_bias
 from gradleak.labels.factorise import leading_triple, rank_of
@@ -84,12 +92,11 @@ def recover_feature(
     start = time.perf_counter()
     feature, delta, method = _head_feature(layer, label[0])
 
-    def read(name: str) -> LayerTensors:
-        if name == layer.name:  # already read, and on its device
-            return LayerTensors(layer.weight, layer.grad_weight, layer.bias, layer.grad_bias)
-        return read_layer(bundle_with_weights, name, where)
-
+    read = BundleLayers(bundle_with_weights, where)
     peeling = peel_linear_layers(layers, read, feature, delta, progress)
+    for peeled in peeling.layers:  # NaN or infinity in a gradient cannot but reach the feature
+        if not bool(torch.isfinite(peeled.feature).all()):
+            read.check(peeled.name)
     seconds = time.perf_counter() - start
     verdict, reason = _verdict(bundle, peeling, len(layers))
     record = StageRecord(
@@ -152,19 +159,36 @@ def _chain(bundle: Bundle, head: str) -> tuple[LinearLayer, ...]:
     return (LinearLayer(head),)
 
 
-def read_layer(bundle: Bundle, layer: str, device: torch.device) -> LayerTensors:
-    """Read what the bundle holds of one Linear layer onto ``device``."""
+class BundleLayers:
+    """Reads the Linear layers of a bundle onto a device, each tensor when it is needed.
 
-    def optional(kind: str, parameter: str) -> Tensor | None:
-        name = kind + parameter_name(layer, parameter)
-        return bundle.tensor(name, device) if name in bundle else None
+    The tensors are not searched for NaN: that would be one more pass over each. Whoever finds one
+    in a result calls ``check``.
+    """
 
-    return LayerTensors(
-        weight=optional(PARAM, "weight"),
-        grad_weight=optional(GRAD, "weight"),
-        bias=optional(PARAM, "bias"),
-        grad_bias=optional(GRAD, "bias"),
-    )
+    def __init__(self, bundle: Bundle, device: torch.device) -> None:
+        """Read from ``bundle`` onto ``device``."""
+        self._bundle, self._device = bundle, device
+
+    def gradient(self, layer: str, kind: str = "weight") -> Tensor | None:
+        """Return the gradient of the layer's ``kind``, or None."""
+        return self._read(GRAD, layer, kind)
+
+    def parameter(self, layer: str, kind: str = "weight") -> Tensor | None:
+        """Return the layer's ``kind``, or None."""
+        return self._read(PARAM, layer, kind)
+
+    def check(self, layer: str) -> None:
+        """Raise :class:`InputError` naming the tensor of the layer that holds NaN or infinity."""
+        for prefix in (GRAD, PARAM):
+            for kind in ("weight", "bias"):
+                tensor = self._read(prefix, layer, kind)
+                if tensor is not None:
+                    check_finite(prefix + parameter_name(layer, kind), tensor)
+
+    def _read(self, prefix: str, layer: str, kind: str) -> Tensor | None:
+        name = prefix + parameter_name(layer, kind)
+        return self._bundle.unchecked(name, self._device) if name in self._bundle else None
 
 
 def _verdict(bundle: Bundle, peeling: Peeling, layers: int) -> tuple[Verdict, str]:

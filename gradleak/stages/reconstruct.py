@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from gradleak.bundle import BUFFER, FEATURE, GRAD, IMAGE, LABEL, PARAM, Bundle, StageRecord
 from gradleak.device import resolve_device
 from gradleak.errors import IncompleteError, InputError, UsageError
-from gradleak.features import LayerTensors
 from gradleak.head import with_weights
 from gradleak.models import registry
 from gradleak.models.build import build_model
@@ -23,7 +22,7 @@ from gradleak.reconstruction.matching import MatchResult, match_gradients
 from gradleak.reconstruction.mlp import check_mlp, image_of_feature
 from gradleak.reconstruction.options import MatchSettings
 from gradleak.reconstruction.resimulate import GradientResidual, check_reconstruction
-from gradleak.stages.feature import read_layer
+from gradleak.stages.feature import BundleLayers
 
 Verdict = Literal["unique", "approximate"]
 METHODS = ("auto", "mlp", "match")
@@ -158,9 +157,7 @@ def _from_features(
         )
     image = image_of_feature(feature[0], shape, mean, std)
 
-    def read(name: str) -> LayerTensors:
-        return read_layer(bundle, name, device)
-
+    read = BundleLayers(bundle, device)
     return image, check_mlp(spec.layers, read, image, labels[0], mean, std)
 
 
