@@ -17,6 +17,7 @@ from typing import Any
 import skimage.data
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from gradleak.images import contact_sheet, load_image, save_sheet
 
@@ -46,11 +47,11 @@ def main() -> None:
         )
         original = load_image(PHOTO, size).pixels
         recovered = load_image(OUT / f"{network}-recovered.png", None).pixels
-        rows.append((size, [(f"{network}: client", original), ("from its gradient", recovered)]))
+        scale = SHEET_WIDTH // size
+        pair = ((f"{network}: the client's image", original), ("from its gradient", recovered))
+        rows.append([(caption, enlarge(picture, scale)) for caption, picture in pair])
     Console().print(table)
-    for size, row in rows:
-        sheet = contact_sheet([row], scale=SHEET_WIDTH // size)
-        save_sheet(OUT / f"sheet-{size}.png", sheet)
+    save_sheet(OUT / "side-by-side.png", contact_sheet(rows, scale=1))
     print(f"The recovered pictures and sheets are in {OUT.resolve()}:")
     for path in sorted(OUT.glob("*.png")):
         print(f"  {path}")
@@ -75,6 +76,11 @@ def attack(network: str) -> dict[str, Any]:
     )
     sample: dict[str, Any] = json.loads(scored)["samples"][0]
     return sample
+
+
+def enlarge(picture: Tensor, scale: int) -> Tensor:
+    """Repeat every pixel of (3, H, W), so that pictures of two sizes fit one sheet."""
+    return picture.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
 
 
 def run(command: str, *, allowed: tuple[int, ...] = (0,), show: bool = False) -> str:

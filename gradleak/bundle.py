@@ -59,7 +59,10 @@ class Bundle:
 
     @classmethod
     def open(cls, path: Path | str) -> Bundle:
-        """Open a bundle file; only its header is read."""
+        """Open a bundle file; only its header is read. A named pipe is spooled as ``read`` does."""
+        if _is_pipe(Path(path)):
+            with Path(path).open("rb") as stream:
+                return cls.read(stream, str(path))
         return cls._from_file(TensorFile(path))
 
     @classmethod
@@ -93,7 +96,14 @@ class Bundle:
     def stages(self) -> list[dict[str, Any]]:
         """The stages that worked on this bundle, in order."""
         value = self._json("stages")
-        return value if isinstance(value, list) else []
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(isinstance(stage, dict) for stage in value):
+            raise InputError(
+                "the bundle's metadata 'stages' is not a list of objects",
+                "correct it, or leave the key out",
+            )
+        return value
 
     def names(self, prefix: str = "") -> list[str]:
         """Return the names of the tensors that begin with ``prefix``, without it."""
@@ -163,37 +173,93 @@ class Bundle:
             return None
         try:
             return json.loads(self.metadata[key])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"the bundle's metadata '{key}' is not JSON", "correct it, or leave the key out"
             ) from error
 
     def _check(self) -> None:
         if self.metadata.get("format") == FORMAT:
-            schema = self.metadata.get("schema", str(SCHEMA))
-            if not schema.isdecimal() or int(schema) > SCHEMA:
-                raise InputError(
-                    f"the bundle has schema {schema}, and this gradleak {__version__} reads up to "
-                    f"{SCHEMA}",
-                    f"install a gradleak that reads schema {schema}",
-                )
+            _check_schema(self.metadata.get("schema", str(SCHEMA)))
         for name in self._tensors:
-            if not name.startswith((GRAD, PARAM)):
-                continue
-            info = self.info(name)
-            if info.dtype not in FLOATING:
+            if name.startswith((GRAD, PARAM)):
+                self._check_dtype_and_shape(name)
+        dimensions = {LABEL: 2, IMAGE: 4, **{FEATURE + layer: 2 for layer in self.names(FEATURE)}}
+        for name, count in dimensions.items():
+            if name in self._tensors and len(self.info(name).shape) != count:
                 raise InputError(
-                    f"{name} has dtype {info.dtype}, which no gradient or weight has",
-                    "save it in a floating-point type",
+                    f"{name} has shape {list(self.info(name).shape)}, not {count} dimensions",
+                    "run the stage that writes it again",
                 )
-            other = PARAM + name[len(GRAD) :]
-            if name.startswith(GRAD) and other in self._tensors:
-                shape = self.info(other).shape
-                if shape != info.shape:
-                    raise InputError(
-                        f"{name} has shape {list(info.shape)} and {other} has {list(shape)}",
-                        "use the weights that the gradient was taken at",
-                    )
+        self._check_layers()
+
+    def _check_dtype_and_shape(self, name: str) -> None:
+        info = self.info(name)
+        if info.dtype not in FLOATING:
+            raise InputError(
+                f"{name} has dtype {info.dtype}, which no gradient or weight has",
+                "save it in a floating-point type",
+            )
+        other = PARAM + name[len(GRAD) :]
+        if name.startswith(GRAD) and other in self._tensors:
+            shape = self.info(other).shape
+            if shape != info.shape:
+                raise InputError(
+                    f"{name} has shape {list(info.shape)} and {other} has {list(shape)}",
+                    "use the weights that the gradient was taken at",
+                )
+
+    def _check_layers(self) -> None:
+        """Hold the Linear layers of the metadata against the shapes of their tensors."""
+        model = self.model
+        if model.from_image and not model.layers:
+            raise InputError(
+                "the model's metadata has from_image, and no layers",
+                "list the Linear layers, or leave the key out",
+            )
+        below: int | None = None  # the width of the layer before, where it is known
+        for layer in model.layers:
+            prefix = f"{layer.name}." if layer.name else ""
+            matrix, vector = self._shape(f"{prefix}weight"), self._shape(f"{prefix}bias")
+            follows = matrix is None or below is None or matrix[1:] == (below,)
+            if matrix is not None and (len(matrix) != 2 or not follows):
+                wanted = f"(…, {below})" if below is not None else "(out, in)"
+                raise InputError(
+                    f"{prefix}weight has shape {list(matrix)}, and as a Linear layer of the "
+                    f"model's metadata it has {wanted}",
+                    "correct the metadata's layers, or the tensors",
+                )
+            if matrix is not None and vector is not None and vector != matrix[:1]:
+                raise InputError(
+                    f"{prefix}bias has shape {list(vector)} for a layer of {matrix[0]} outputs",
+                    "use the bias that belongs to the layer",
+                )
+            below = None if matrix is None else matrix[0]
+
+    def _shape(self, parameter: str) -> tuple[int, ...] | None:
+        """Return the shape of a parameter from its gradient or itself, whichever is there."""
+        for name in (GRAD + parameter, PARAM + parameter):
+            if name in self._tensors:
+                return self.info(name).shape
+        return None
+
+
+def _is_pipe(path: Path) -> bool:
+    try:
+        return path.is_fifo()
+    except OSError:  # opening it will say what is wrong
+        return False
+
+
+def _check_schema(schema: str) -> None:
+    # The length keeps int() from numbers that it refuses to read.
+    if not (schema.isascii() and schema.isdecimal() and len(schema) < 10):
+        raise InputError(f"the bundle's schema is {schema[:20]!r}, not a number", "correct it")
+    if int(schema) > SCHEMA:
+        raise InputError(
+            f"the bundle has schema {schema}, and this gradleak {__version__} reads up to {SCHEMA}",
+            f"install a gradleak that reads schema {schema}",
+        )
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

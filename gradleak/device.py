@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from gradleak.errors import UsageError
@@ -20,12 +21,12 @@ def resolve_device(name: str = "auto") -> torch.device:
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, number = name.partition(":")
-    if kind not in {"cpu", "cuda"} or (number and not number.isdecimal()):
+    found = re.fullmatch(r"cpu|cuda(?::([0-9]{1,3}))?", name)
+    if found is None:
         raise UsageError(f"unknown device '{name}'", "use auto, cpu, cuda or cuda:N")
-    if kind == "cuda":
+    if name != "cpu":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if int(number or 0) >= count:
+        if int(found[1] or 0) >= count:
             raise UsageError(
                 f"device '{name}' is not there ({count} CUDA devices found)", "use --device cpu"
             )

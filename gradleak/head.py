@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from gradleak.bundle import GRAD, PARAM, Bundle
 from gradleak.errors import IncompleteError, InputError
+from gradleak.models import registry
 
 if TYPE_CHECKING:
     import torch
@@ -50,15 +51,19 @@ def read_head(
         )
     state = with_weights(bundle, weights, (weight_name, bias_name))
     if PARAM + weight_name not in state:
+        if weights is not None:
+            raise InputError(
+                f"{weights} holds no {weight_name}", "give the weights of the gradient's network"
+            )
         raise IncompleteError(
             f"the bundle holds no {PARAM}{weight_name}",
             "give the model's weights with --weights FILE",
         )
     grad_weight = state.tensor(GRAD + weight_name, device)
-    if grad_weight.dim() != 2:
+    if grad_weight.dim() != 2 or grad_weight.shape[0] < 2 or not grad_weight.shape[1]:
         raise InputError(
             f"{GRAD}{weight_name} has shape {list(grad_weight.shape)}, not (classes, features)",
-            "name a Linear layer with --head",
+            "name the classifier, a Linear layer of 2 classes or more, with --head",
         )
     head = Head(
         name=layer,
@@ -87,8 +92,8 @@ def find_head(bundle: Bundle) -> str:
         return model.head
     if model.layers:
         return model.layers[-1].name
-    if model.name is not None and ":" not in model.name:
-        return _head_of_registered(bundle)
+    if model.name in registry.names():
+        return _head_of_registered(model.name)
     candidates = linear_gradients(bundle)
     if len(candidates) == 1:
         return candidates[0]
@@ -133,17 +138,14 @@ def with_weights(
     return bundle.extended({PARAM + name: tensor for name, tensor in wanted.items()})
 
 
-def _head_of_registered(bundle: Bundle) -> str:
+def _head_of_registered(name: str) -> str:
     import torch
 
-    from gradleak.models import registry
     from gradleak.models.build import build_model, describe
 
-    model = bundle.model
-    assert model.name is not None
-    size = model.input_shape[-1] if model.input_shape else registry.entry(model.name).size
-    network = build_model(model.name, classes=model.classes, size=size, options=model.options)
-    return describe(network, torch.zeros(1, 3, size, size))[0]
+    # At its default size: what the metadata claims of classes and pixels could fill any memory.
+    size = registry.entry(name).size
+    return describe(build_model(name), torch.zeros(1, 3, size, size))[0]
 
 
 def _optional(bundle: Bundle, name: str, device: torch.device | str) -> Tensor | None:

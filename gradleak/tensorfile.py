@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import struct
 import tempfile
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,16 +53,17 @@ class TensorFile:
     Raises :class:`InputError` for a file that is missing, truncated, or no safetensors file.
     """
 
-    def __init__(self, path: Path | str, *, name: str | None = None, keep: object = None) -> None:
-        """Open ``path``, called ``name`` in errors; ``keep`` is kept alive as long as this is."""
-        self.path = Path(path)
+    def __init__(self, path: Path | str, *, name: str | None = None) -> None:
+        """Open ``path``, called ``name`` in errors."""
         self.name = name or str(path)
-        self._keep = keep
         self._handle: Any = None
-        self._open_validated()
-        with self.path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
+        self._file = self._open(Path(path))
+        self._close = weakref.finalize(self, self._file.close)
+        # Another name of the open file, which stays right when the path is replaced or removed.
+        self._link = f"/dev/fd/{self._file.fileno()}"
+        self._validate()
+        (length,) = struct.unpack("<Q", self._file.read(8))
+        header = json.loads(self._file.read(length))
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         unknown = sorted({entry["dtype"] for entry in header.values()} - ITEM_SIZE.keys())
         if unknown:
@@ -77,47 +80,55 @@ class TensorFile:
 
     @classmethod
     def from_stream(cls, stream: BinaryIO, name: str = "standard input") -> TensorFile:
-        """Spool ``stream`` to a temporary file, which is removed with this object, and open it."""
-        spool = tempfile.NamedTemporaryFile(prefix="gradleak-", suffix=".safetensors")  # noqa: SIM115
-        shutil.copyfileobj(stream, spool, _CHUNK)
-        spool.flush()
-        return cls(spool.name, name=name, keep=spool)
+        """Spool ``stream`` to a temporary file without a name, and open it."""
+        with tempfile.TemporaryFile() as spool:
+            shutil.copyfileobj(stream, spool, _CHUNK)
+            spool.flush()
+            return cls(f"/dev/fd/{spool.fileno()}", name=name)
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor; the file is memory-mapped, so only the pages it needs are touched."""
         if self._handle is None:
             from safetensors import safe_open
 
-            self._handle = safe_open(self.path, framework="pt")
+            self._handle = safe_open(self._link, framework="pt")
         tensor: Tensor = self._handle.get_tensor(name)
         return tensor
 
     def copy_to(self, name: str, out: IO[bytes]) -> None:
         """Copy the raw bytes of one tensor to ``out``."""
         info = self.infos[name]
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(info.offset)
-            left = info.nbytes
-            while left:
-                chunk = file.read(min(left, _CHUNK))
-                if not chunk:
-                    raise InputError(f"{self.name} was cut short while it was read", "try again")
-                out.write(chunk)
-                left -= len(chunk)
+        self._file.seek(info.offset)
+        left = info.nbytes
+        while left:
+            chunk = self._file.read(min(left, _CHUNK))
+            if not chunk:
+                raise InputError(f"{self.name} was cut short while it was read", "try again")
+            out.write(chunk)
+            left -= len(chunk)
 
-    def _open_validated(self) -> None:
-        from safetensors import SafetensorError, safe_open
-
+    def _open(self, path: Path) -> BinaryIO:
         try:
-            if self.path.is_dir():
+            if path.is_dir():
                 raise InputError(f"{self.name} is a folder", "give a safetensors file")
-            safe_open(self.path, framework="np")
+            return path.open("rb")
         except FileNotFoundError as error:
             raise InputError(f"{self.name} does not exist", "check the path") from error
         except OSError as error:
-            raise InputError(f"{self.name} cannot be read: {error.strerror or error}") from error
-        except (SafetensorError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"{self.name} cannot be read ({error.strerror or error})",
+                "check its name and permissions",
+            ) from error
+
+    def _validate(self) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        if not os.fstat(self._file.fileno()).st_size:
+            raise InputError(f"{self.name} is empty", "give a safetensors file")
+        try:
+            safe_open(self._link, framework="np")
+        except (SafetensorError, OSError, ValueError) as error:
+            reason = str(error).splitlines()[0].removeprefix("Error while deserializing header: ")
             raise InputError(
                 f"{self.name} is not a complete safetensors file ({reason})",
                 "write it again, or import it from its own format",

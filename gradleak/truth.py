@@ -43,6 +43,14 @@ class Truth:
         if file.metadata.get("format") != FORMAT or not {LABEL, IMAGE} <= file.infos.keys():
             raise InputError(f"{path} is no truth file", "write one with gradleak capture --truth")
         names = [name for name in file.infos if name.startswith(FEATURE)]
+        for name, count in {LABEL: 2, IMAGE: 4, **dict.fromkeys(names, 2)}.items():
+            shape = file.infos[name].shape
+            if len(shape) != count or shape[0] != file.infos[LABEL].shape[0]:
+                raise InputError(
+                    f"{path}: {name} has shape {list(shape)}, beside {LABEL} of "
+                    f"{list(file.infos[LABEL].shape)}",
+                    "write the truth again with gradleak capture --truth",
+                )
         return cls(
             file.tensor(LABEL),
             file.tensor(IMAGE),

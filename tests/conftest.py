@@ -20,7 +20,8 @@ from typing import Any
 import photographs
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gradleak.cli import app
@@ -81,14 +82,13 @@ def run_cli(*args: object, stdin: bytes = b"", cwd: Path | None = None) -> Done:
     sys.stdin, sys.stdout, sys.stderr = read, out, err
     os.chdir(cwd or folder)
     try:
-        app.main()
-    except SystemExit as end:
-        assert isinstance(end.code, int)
-        return Done(end.code, out.bytes.getvalue(), err.bytes.getvalue().decode())
+        with pytest.raises(SystemExit) as end:
+            app.main()
     finally:
         sys.argv, sys.stdin, sys.stdout, sys.stderr = streams
         os.chdir(folder)
-    raise AssertionError("main() must leave by SystemExit")
+    assert isinstance(end.value.code, int)
+    return Done(end.value.code, out.bytes.getvalue(), err.bytes.getvalue().decode())
 
 
 def executable() -> str:
@@ -109,7 +109,9 @@ def run_process(*args: object, **options: Any) -> Done:
     return run_command([executable(), *map(str, args)], **options)
 
 
-def run_command(command: Sequence[str], *, env: Mapping[str, str] | None = None, **options: Any) -> Done:
+def run_command(
+    command: Sequence[str], *, env: Mapping[str, str] | None = None, **options: Any
+) -> Done:
     """Run any command with the environment of a real process."""
     options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "timeout": 120, **options}
     done = subprocess.run(
@@ -175,13 +177,16 @@ def _stage(command: str, path: Path) -> Path:
     return out
 
 
-@pytest.fixture
-def head_tensors(capture: Capture) -> dict[str, Tensor]:
-    """Return gradient and weights of one real head with a bias (lenet on a cat, smoothed label)."""
-    from safetensors.torch import load_file
+@pytest.fixture(scope="session")
+def lenet(capture: Capture) -> Path:
+    """Return a small bundle: lenet on a cat, smoothed label of class 3, with biases."""
+    return capture("--smooth", "0.1", "--label", "3", model="lenet", size=32)
 
-    path = capture("--smooth", "0.1", "--label", "3", "--head-only", model="lenet", size=32)
-    return load_file(path)
+
+@pytest.fixture
+def head_tensors(lenet: Path) -> dict[str, Tensor]:
+    """Return gradient and weights of one real head with a bias, named as in a bundle."""
+    return {n: t for n, t in load_file(lenet).items() if n.split("/")[1].startswith("fc.")}
 
 
 @pytest.fixture
@@ -194,7 +199,17 @@ def save(tmp_path: Path) -> Callable[..., Path]:
         name: str = "given.safetensors",
     ) -> Path:
         path = tmp_path / name
-        save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+        own = {
+            name: tensor.clone(memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        }
+        save_file(own, path, None if metadata is None else dict(metadata))
         return path
 
     return write
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """Read a safetensors file's metadata with the safetensors library."""
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})

@@ -1,7 +1,9 @@
 """The inputs of all Linear layers come out of the gradient, from the head down to the image."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +33,7 @@ ACTIVATIONS = {
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -52,7 +54,7 @@ def mlp(activation: nn.Module, bias: bool, seed: int = 0) -> nn.Sequential:
         )
 
 
-def share(model: nn.Module, image: Tensor, classes: int, **options) -> Capture:
+def share(model: nn.Module, image: Tensor, classes: int, **options: Any) -> Capture:
     label = soft_label([(1, 0.7), (2, 0.3)], classes, 0.1)
     return capture(model, image, label[None], device="cpu", **options)
 

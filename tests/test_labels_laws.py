@@ -1,5 +1,6 @@
 """Laws that a recovered label obeys whatever the numbers: the simplex, symmetries, precision."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -19,7 +20,7 @@ laws = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _one_thread():
+def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,6 +1,7 @@
 """One sample's label comes out of the head's gradient, of any family, with or without bias."""
 
 import json
+from collections.abc import Iterator
 from functools import lru_cache
 
 import pytest
@@ -24,7 +25,7 @@ SIGMAS = 6.0
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

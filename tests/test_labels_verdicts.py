@@ -4,8 +4,10 @@ The truth must lie within what is stated: a confident wrong answer is the one un
 """
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ EXACT = 1e-5
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -63,7 +65,9 @@ def head(classes: int, seed: int = 0, *, size: int = 8, scale: float = 1.0, coun
     return Head(feature, weight, 0.1 * torch.randn(classes, generator=dice))
 
 
-def attack(sample: Head, label: Tensor, arrangement: str = "withheld", **options) -> LabelResult:
+def attack(
+    sample: Head, label: Tensor, arrangement: str = "withheld", **options: Any
+) -> LabelResult:
     """Attack the gradient of one sample: bias gradient ``given``, ``withheld``, or no bias."""
     grad_weight, grad_bias = sample.share(label[None], biased=arrangement != "none")
     return recover_single(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
 import sys
 from typing import Annotated
@@ -20,6 +22,13 @@ _ClickException: type[Exception] = next(
     for c in typer.BadParameter.__mro__
     if c.__name__ == "ClickException" and issubclass(c, Exception)
 )
+
+_INTERRUPTED = 130
+_MENDS = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the limit on file sizes",
+}
 
 app = typer.Typer(
     name="gradleak",
@@ -57,12 +66,23 @@ def main() -> None:
     # The stages of a pipe share the cores. OpenMP's threads spin while they wait for each other,
     # and two stages that spin against each other turn milliseconds into seconds.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _prepare_streams()
     sys.exit(_run())
+
+
+def _prepare_streams() -> None:
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller: what is printed there goes nowhere
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        # A file name that is not UTF-8, or a terminal that is not, is no reason to fail.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run() -> int:
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="gradleak")
         sys.stdout.flush()
     except GradleakError as error:
         print_error(str(error))
@@ -70,29 +90,49 @@ def _run() -> int:
     except _ClickException as error:
         return _usage(error)
     except (KeyboardInterrupt, typer.Abort):
-        print_error("interrupted")
-        return 130
+        code = _INTERRUPTED
     except BrokenPipeError:
-        # The reader has what it wanted. Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _reader_left()
+    except SystemExit as end:
+        # Typer answers a closed pipe itself, with exit code 1.
+        if isinstance(end.__context__, BrokenPipeError):
+            return _reader_left()
+        raise
     except OSError as error:
-        mend = "free some space" if error.errno == errno.ENOSPC else "check path and permissions"
+        mend = _MENDS.get(error.errno or 0, "check path and permissions")
         where = f" ({error.filename})" if error.filename else ""
         print_error(f"{error.strerror or error}{where}; {mend}")
+        _silence_stdout()
         return 1
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # torch's own way
+            raise
         print_error("out of memory; use a smaller batch, image or network")
         return 1
+    if code == _INTERRUPTED:  # also Typer's answer to Ctrl-C
+        print_error("interrupted")
     return code if isinstance(code, int) else 0
+
+
+def _reader_left() -> int:
+    """End quietly: the reader of the pipe has what it wanted."""
+    _silence_stdout()
+    return 0
+
+
+def _silence_stdout() -> None:
+    """Discard what is still buffered: at exit Python would fail on it once more, and say so."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage(error: Exception) -> int:
     message = str(getattr(error, "format_message", error.__str__)())
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":
-        print(message, file=sys.stderr)
+        if message:  # Typer has printed the help itself, or left it to us
+            print(message, file=sys.stderr)
         return 2
     command = context.command_path if context is not None else "gradleak"
-    print_error(f"{message} See: {command} --help")
+    print_error(f"{message.rstrip('.')}; see {command} --help")
     return int(getattr(error, "exit_code", 2))

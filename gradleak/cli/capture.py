@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradleak.cli.common import STDIO, Console, Report, check_output, write_bundle
+from gradleak.cli.common import STDIO, Console, Report, check_output, keep_apart, write_bundle
 from gradleak.cli.options import MODEL, OUTPUT, Device, Json, Quiet, Seed
 from gradleak.errors import UsageError
 from gradleak.models import registry
@@ -158,7 +158,15 @@ def command(
     Soft-label cross-entropy, mean-reduced, eval mode. The bundle never holds label or image.
     """
     outputs = check_output(output)
+    if truth == STDIO:
+        raise UsageError("--truth does not go to standard output", "give it a file name")
     check_output(truth)
+    keep_apart(output, truth, weights, *image)
+    keep_apart(truth, weights, *image)
+    if label and len(label) != len(image):
+        raise UsageError(
+            f"{len(label)} labels were given for {len(image)} images", "give --label once per image"
+        )
     own = ":" in model
     if own and size is None:
         raise UsageError(f"the input size of {model} is not known", "give it with --size")
@@ -167,21 +175,21 @@ def command(
 
     import torch
 
+    from gradleak.device import resolve_device
     from gradleak.images import load_image
     from gradleak.models.build import DEFAULTS, build_model, load_weights
     from gradleak.models.spec import ModelSpec
     from gradleak.stages.capture import capture, label_samples, mix_pairs, predict
 
     console = Console(json=json, quiet=quiet, outputs=outputs)
+    resolve_device(device)
     given = {"init": init, "head_bias": not no_head_bias, "bias": bias}
     options = {name: value for name, value in given.items() if value != DEFAULTS[name]}
     network = build_model(model, classes=classes, size=size, options=options, seed=seed)
     if weights is not None:
         load_weights(network, weights)
     loaded = [load_image(path, pixels) for path in image]
-    for path, picture in zip(image, loaded, strict=True):
-        if picture.note:
-            console.note(f"{path}: {picture.note}")
+    notes = [f"{name}: {x.note}" for name, x in zip(image, loaded, strict=True) if x.note]
     images = torch.stack([picture.pixels for picture in loaded])
     spec = ModelSpec(
         name=model,
@@ -190,14 +198,10 @@ def command(
         options=options,
     )
     mixed = images if mixup is None else mix_pairs(images, mixup)
-    if label and len(label) != len(image):
-        raise UsageError(
-            f"{len(label)} labels were given for {len(image)} images", "give --label once per image"
-        )
     predicted = predict(network, images, spec, device)
     if not label:
         listed = ", ".join(map(str, predicted.classes))
-        console.note(f"no --label: the network's own prediction is taken (class {listed})")
+        notes.append(f"no --label: the network's own prediction is taken (class {listed})")
     labels = label_samples(label or predicted.classes, predicted.count, smooth=smooth, mixup=mixup)
     captured = capture(
         network,
@@ -210,6 +214,8 @@ def command(
         device=device,
         seed=seed,
     )
+    for note in notes:  # not before: a failure is one line
+        console.note(note)
     if truth is not None:
         captured.truth.save(truth)
     write_bundle(captured.bundle, outputs)

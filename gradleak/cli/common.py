@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 import typer
 
-from gradleak.errors import GradleakError, UsageError
+from gradleak.errors import GradleakError, InputError, UsageError
 
 if TYPE_CHECKING:
     from gradleak.bundle import Bundle
@@ -59,13 +61,23 @@ class Console:
     def note(self, text: str) -> None:
         """Tell people something by the way, on stderr."""
         if not self.quiet:
-            print(f"gradleak: {text}", file=sys.stderr)
+            print(f"gradleak: {printable(text)}", file=sys.stderr)
 
-    def error(self, error: GradleakError, *, stage: str, source: str | None = None) -> None:
-        """Print one line on stderr, and the JSON object of the failed input if asked for."""
+    def error(
+        self,
+        error: GradleakError,
+        *,
+        stage: str,
+        source: str | None = None,
+        nothing: Mapping[str, object] | None = None,
+    ) -> None:
+        """Print one line on stderr, and the JSON object of the failed input if asked for.
+
+        ``nothing`` are the keys of the stage's report that this object has besides, with nulls.
+        """
         self.codes.append(error.exit_code)
-        where = f"{source}: " if source and source != STDIO and source not in str(error) else ""
-        print_error(f"{where}{error}")
+        named = source in (None, STDIO) or str(error).startswith(f"{source} ")
+        print_error(str(error) if named else f"{source}: {error}")
         if self.json:
             stream = sys.stderr if STDIO in self.outputs else sys.stdout
             data = {
@@ -74,6 +86,7 @@ class Console:
                 "stage": stage,
                 "verdict": "failed",
                 "reason": str(error),
+                **(nothing or {}),
                 "exit_code": error.exit_code,
             }
             print(json.dumps(data), file=stream, flush=True)
@@ -85,7 +98,12 @@ class Console:
 
 def print_error(message: str) -> None:
     """Print the one line on stderr that every failure ends with."""
-    print("gradleak: " + " ".join(message.split()), file=sys.stderr)
+    print("gradleak: " + printable(" ".join(message.split())), file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Spell out control characters: names and metadata come from files of unknown origin."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def choose_inputs(context: typer.Context, inputs: Sequence[str] | None) -> list[str]:
@@ -96,7 +114,8 @@ def choose_inputs(context: typer.Context, inputs: Sequence[str] | None) -> list[
         return list(inputs)
     if sys.stdin is not None and not sys.stdin.isatty():
         return [STDIO]
-    print(context.get_help(), file=sys.stderr)
+    with contextlib.redirect_stdout(sys.stderr):
+        print(context.get_help())  # with rich, Typer prints it and returns nothing
     raise typer.Exit(2)
 
 
@@ -104,7 +123,11 @@ def open_bundle(source: str) -> Bundle:
     """Open a bundle file, or standard input for ``-``."""
     from gradleak.bundle import Bundle
 
-    return Bundle.read(sys.stdin.buffer) if source == STDIO else Bundle.open(source)
+    if source != STDIO:
+        return Bundle.open(source)
+    if sys.stdin is None:
+        raise InputError("standard input is closed", "name a bundle, or pipe one in")
+    return Bundle.read(sys.stdin.buffer)
 
 
 def check_output(output: str | None, inputs: Sequence[str] = (STDIO,)) -> list[str]:
@@ -124,12 +147,23 @@ def check_output(output: str | None, inputs: Sequence[str] = (STDIO,)) -> list[s
                 "a bundle is binary and does not go to a terminal", "pipe it on, or use -o FILE"
             )
         return [output]
+    if not output:
+        raise UsageError("-o has no file name", "give one, or - for standard output")
     path = Path(output)
     if path.is_dir():
         raise UsageError(f"{output} is a folder", "give -o a file name")
     if not path.parent.is_dir():
         raise UsageError(f"the folder {path.parent} does not exist", "create it first")
     return [output]
+
+
+def keep_apart(output: str | None, *others: str | None) -> None:
+    """Refuse an output that would replace another file which the command reads or writes."""
+    for other in others:
+        if output is None or other is None or STDIO in (output, other):
+            continue
+        if os.path.realpath(output) == os.path.realpath(other):
+            raise UsageError(f"the output would replace {other}", "give it another name")
 
 
 def write_bundle(bundle: Bundle, outputs: Sequence[str]) -> None:
@@ -148,14 +182,18 @@ def run_stage(
     stage: str,
     inputs: Sequence[str],
     work: Callable[[str, Bundle], tuple[Report, Bundle]],
+    nothing: Mapping[str, object] | None = None,
 ) -> None:
-    """Run a stage over its inputs: one report each, one failure does not stop the rest."""
+    """Run a stage over its inputs: one report each, one failure does not stop the rest.
+
+    ``nothing`` is what the JSON object of a failed input has for the stage's own keys.
+    """
     for source in inputs:
         try:
             report, bundle = work(source, open_bundle(source))
             write_bundle(bundle, console.outputs)
         except GradleakError as error:
-            console.error(error, stage=stage, source=source)
+            console.error(error, stage=stage, source=source, nothing=nothing)
             continue
         console.report(report)
     console.finish()
@@ -171,7 +209,13 @@ def number(value: float | None, digits: int = 3) -> str:
     return "—" if value is None else f"{value:.{digits}g}"
 
 
-def _print_table(report: Report, stream: object) -> None:
+def _print_table(report: Report, stream: TextIO) -> None:
+    title = printable(report.title)
+    rows = [(printable(name), printable(value)) for name, value in report.rows]
+    if not stream.isatty():  # whole lines, for grep and logs
+        width = max(len(name) for name, _ in rows)
+        print(title, *(f"{name:<{width}}  {value}" for name, value in rows), sep="\n", file=stream)
+        return
     from rich.console import Console as RichConsole
     from rich.table import Table
     from rich.text import Text
@@ -179,10 +223,10 @@ def _print_table(report: Report, stream: object) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in report.rows:
+    for name, value in rows:
         table.add_row(Text(name), Text(value))
-    console = RichConsole(file=stream, highlight=False)  # type: ignore[arg-type]
-    console.print(Text(report.title, style="bold"))
+    console = RichConsole(file=stream, highlight=False)
+    console.print(Text(title, style="bold"))
     console.print(table)
 
 

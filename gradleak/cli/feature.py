@@ -12,6 +12,7 @@ from gradleak.cli.common import (
     check_output,
     choose_inputs,
     exit_code_of,
+    keep_apart,
     number,
     run_stage,
 )
@@ -32,6 +33,15 @@ if TYPE_CHECKING:
 
 NAME = "recover-feature"
 EXAMPLE = "gradleak recover-feature labelled.safetensors -o featured.safetensors"
+_NOTHING: dict[str, object] = {
+    "method": None,
+    "batch_size": None,
+    "layers": [],
+    "stopped": None,
+    "residual": None,
+    "device": None,
+    "seconds": None,
+}
 
 
 def command(
@@ -51,13 +61,14 @@ def command(
     """
     sources = choose_inputs(context, inputs)
     outputs = check_output(output, sources)
+    keep_apart(output, weights)
     from gradleak.stages.feature import recover_feature
 
     def work(source: str, bundle: Bundle) -> tuple[Report, Bundle]:
         outcome = recover_feature(bundle, head=head, weights=weights, device=device, seed=seed)
         return _report(source, outcome), outcome.bundle
 
-    run_stage(Console(json=json, quiet=quiet, outputs=outputs), NAME, sources, work)
+    run_stage(Console(json=json, quiet=quiet, outputs=outputs), NAME, sources, work, _NOTHING)
 
 
 def _report(source: str, outcome: FeatureOutcome) -> Report:
@@ -79,6 +90,8 @@ def _report(source: str, outcome: FeatureOutcome) -> Report:
         )
         for layer in layers
     ]
+    if outcome.stopped is not None:
+        rows.append(("not reached", outcome.stopped))
     rows.append(("method", outcome.method))
     rows.append(("solved in", f"{number(1e3 * outcome.seconds)} ms on {outcome.device}"))
     data: dict[str, object] = {

@@ -12,6 +12,7 @@ from gradleak.cli.common import (
     check_output,
     choose_inputs,
     exit_code_of,
+    keep_apart,
     number,
     run_stage,
 )
@@ -35,6 +36,19 @@ if TYPE_CHECKING:
 NAME = "recover-label"
 EXAMPLE = "gradleak recover-label grads.safetensors"
 _SHOWN = 8
+_NOTHING: dict[str, object] = {
+    "method": None,
+    "family": None,
+    "batch_size": None,
+    "samples": [],
+    "residual": None,
+    "noise": None,
+    "alternatives": [],
+    "intervals": [],
+    "head": None,
+    "device": None,
+    "seconds": None,
+}
 
 
 def command(
@@ -70,6 +84,7 @@ def command(
     """
     sources = choose_inputs(context, inputs)
     outputs = check_output(output, sources)
+    keep_apart(output, weights)
     from gradleak.stages.label import recover_label
 
     def work(source: str, bundle: Bundle) -> tuple[Report, Bundle]:
@@ -84,7 +99,7 @@ def command(
         )
         return _report(source, outcome), outcome.bundle
 
-    run_stage(Console(json=json, quiet=quiet, outputs=outputs), NAME, sources, work)
+    run_stage(Console(json=json, quiet=quiet, outputs=outputs), NAME, sources, work, _NOTHING)
 
 
 def _report(source: str, outcome: LabelOutcome) -> Report:

@@ -11,7 +11,7 @@ COMPUTE, OUTPUT, ATTACK, MODEL = "Compute", "Output", "Attack", "Network"
 Inputs = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[BUNDLE]...",
+        metavar="BUNDLE",
         help="Gradient bundles, or - for standard input. Default: standard input if it is piped.",
         show_default=False,
     ),
@@ -48,7 +48,10 @@ Device = Annotated[
 Seed = Annotated[
     int,
     typer.Option(
-        min=0, help="Seed of everything random, an integer from 0.", rich_help_panel=COMPUTE
+        min=0,
+        max=2**32 - 1,
+        help="Seed of everything random, an integer from 0.",
+        rich_help_panel=COMPUTE,
     ),
 ]
 HeadName = Annotated[

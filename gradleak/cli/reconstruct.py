@@ -16,6 +16,7 @@ from gradleak.cli.common import (
     check_output,
     choose_inputs,
     exit_code_of,
+    keep_apart,
     number,
     run_stage,
 )
@@ -33,6 +34,17 @@ if TYPE_CHECKING:
 NAME = "reconstruct"
 EXAMPLE = "gradleak reconstruct featured.safetensors -o cat-recovered.png"
 _SHEET_WIDTH = 256
+_NOTHING: dict[str, object] = {
+    "method": None,
+    "batch_size": None,
+    "exact": None,
+    "residual": None,
+    "precision": None,
+    "matching": None,
+    "images": [],
+    "device": None,
+    "seconds": None,
+}
 
 
 def command(
@@ -144,8 +156,13 @@ def command(
     """
     sources = choose_inputs(context, inputs)
     bundles, pictures = _split_outputs(output or [], sources)
-    if sheet is not None:
-        check_output(sheet, sources)
+    if sheet == STDIO:
+        raise UsageError("--sheet does not go to standard output", "give it a file name")
+    check_output(sheet, sources)
+    for name in (*pictures, sheet):
+        keep_apart(name, weights, *sources)
+    for name in bundles:
+        keep_apart(name, weights)
     from gradleak.reconstruction.options import MatchSettings
     from gradleak.stages.reconstruct import reconstruct
 
@@ -175,7 +192,7 @@ def command(
         written = _write_pictures(outcome.images, pictures, sheet)
         return _report(source, outcome, written), outcome.bundle
 
-    run_stage(console, NAME, sources, work)
+    run_stage(console, NAME, sources, work, _NOTHING)
 
 
 def _split_outputs(outputs: list[str], sources: list[str]) -> tuple[list[str], list[str]]:

@@ -23,7 +23,7 @@ def command(
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RECOVERED]...",
+            metavar="RECOVERED",
             help="Recovered bundles or PNG pictures, or - for a bundle on standard input. "
             "Default: standard input if it is piped.",
             show_default=False,

@@ -9,6 +9,7 @@ the gradient noticing, or no family applies and any point of an interval would d
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,19 +64,55 @@ def decide(
 def simplex_intervals(problem: ScaleProblem, index: int) -> tuple[Interval, ...]:
     """Return the intervals of the signed scale for which y(s) stays in the simplex."""
     one = _single(problem, index)
-    grid = scale_grid(one)
+    grid = scale_grid(one)[0]
+    grid = torch.cat([0.9 * grid[:1], grid])
     found = []
     for sign in (1.0, -1.0):
-        point = one.at(sign * grid)
-        slack = 4.0 * one.variance(point).sqrt()
-        inside = ((point.y >= -slack) & (point.y <= 1.0 + slack)).all(-1)[0]
-        edges = torch.diff(inside.int(), prepend=inside.new_zeros(1), append=inside.new_zeros(1))
-        starts = (edges == 1).nonzero()[:, 0].tolist()
-        ends = (edges == -1).nonzero()[:, 0].tolist()
-        for first, last in zip(starts, ends, strict=True):
-            low, high = sorted((sign * float(grid[0, first]), sign * float(grid[0, last - 1])))
-            found.append(Interval(low, high))
+
+        def room(s: Tensor, sign: float = sign) -> Tensor:
+            """Return (S,) how far the smallest entry of y(s) is above its lower bound, in |s|."""
+            point = one.at(sign * s[None])
+            return (s * (point.y + 4.0 * one.variance(point).sqrt()).amin(-1))[0]
+
+        s, value = _with_peaks(grid, room)
+        inside = value >= 0
+        low_edges = (~inside[:-1] & inside[1:]).nonzero()[:, 0]
+        high_edges = (inside[:-1] & ~inside[1:]).nonzero()[:, 0]
+        lows = _bisect(room, s[low_edges], s[low_edges + 1])
+        highs = _bisect(room, s[high_edges + 1], s[high_edges])
+        if bool(inside[0]):
+            lows = torch.cat([s[:1], lows])
+        if bool(inside[-1]):
+            highs = torch.cat([highs, s[-1:]])
+        for low, high in zip(lows.tolist(), highs.tolist(), strict=True):
+            found.append(Interval(*sorted((sign * low, sign * high))))
     return tuple(found)
+
+
+def _with_peaks(grid: Tensor, room: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Add to a grid the maximum of ``room`` next to every negative local maximum on it.
+
+    An interval narrower than the grid hides there.
+    """
+    value = room(grid)
+    peak = (value[1:-1] >= value[:-2]) & (value[1:-1] >= value[2:]) & (value[1:-1] < 0.0)
+    at = peak.nonzero()[:, 0] + 1
+    low, high = grid[at - 1], grid[at + 1]
+    for _ in range(40):  # ternary search; room is a minimum of smooth curves
+        third = (high - low) / 3.0
+        left = room(low + third) >= room(high - third)
+        low, high = torch.where(left, low, low + third), torch.where(left, high - third, high)
+    s = torch.cat([grid, 0.5 * (low + high)]).sort().values
+    return s, room(s)
+
+
+def _bisect(room: Callable[[Tensor], Tensor], outside: Tensor, inside: Tensor) -> Tensor:
+    """Return the edges between points where ``room`` is negative and points where it is not."""
+    for _ in range(50):
+        middle = 0.5 * (outside + inside)
+        good = room(middle) >= 0
+        outside, inside = torch.where(good, outside, middle), torch.where(good, middle, inside)
+    return inside
 
 
 def _decide_one(

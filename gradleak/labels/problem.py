@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -44,6 +45,29 @@ class ScaleProblem:
         """Number of classes C."""
         return self.a.shape[-1]
 
+    @cached_property
+    def noisy(self) -> bool:
+        """Whether any of the gradients is noisy."""
+        return bool((self.noise > 0).any())
+
+    @cached_property
+    def excess(self) -> Tensor | None:
+        """Return (B, 1) s·Σδ, or None where every gradient is noisy and it is noise.
+
+        A softmax of low precision does not sum to one, an error that all classes have in common,
+        and δ shows it: Σδ = Σp − 1.
+        """
+        if bool((self.noise > 0).all()):
+            return None
+        return (self.sigma * torch.where(self.noise > 0, 0.0, self.u.sum(1)))[:, None]
+
+    @cached_property
+    def largest_logit(self) -> tuple[Tensor, Tensor]:
+        """Return the slope in |s| and the offset, (B, 1), of the rounding of a probability."""
+        slope = self.unit * self.a.abs().amax(1, keepdim=True)
+        offset = self.unit * (_SOFTMAX_ROUNDINGS + self.b.abs().amax(1, keepdim=True))
+        return slope, offset
+
     def smallest_scale(self) -> Tensor:
         """Return (B,) the smallest possible |s|: p and y are distributions, so Σ|δ| ≤ 2."""
         return 0.5 * self.sigma * self.u.abs().sum(1)
@@ -53,25 +77,28 @@ class ScaleProblem:
         s = scale[..., None]
         logits = torch.addcmul(self.b[:, None], s, self.a[:, None])
         p = torch.softmax(logits, -1)
-        delta = (self.sigma[:, None] / scale)[..., None] * self.u[:, None]
         mean = p @ self.a[..., None]
+        if self.excess is not None:
+            p = p * (1.0 + self.excess / scale)[..., None]
+        delta = (self.sigma[:, None] / scale)[..., None] * self.u[:, None]
         slope = torch.addcmul(delta, s * p, self.a[:, None] - mean)
         return Point(scale, p, delta, p - delta, slope)
 
     def variance(self, point: Point) -> Tensor:
         """Return (B, M, C) the variance of y(s): rounding of p, δ and y, and the additive noise."""
         relative = self.rounding(point)[..., None]
-        additive = (self.noise[:, None] / point.scale).square()[..., None]
-        return (relative * (point.p + point.delta.abs() + _UNDERFLOW)).square() + additive
+        rounding = (relative * (point.p + point.delta.abs() + _UNDERFLOW)).square()
+        if not self.noisy:
+            return rounding
+        return rounding + (self.noise[:, None] / point.scale).square()[..., None]
 
     def rounding(self, point: Point) -> Tensor:
         """Return (B, M) the relative rounding error expected of a probability.
 
         It carries the absolute rounding of the logits, so it grows with their largest.
         """
-        largest = point.scale.abs() * self.a.abs().amax(1, keepdim=True)
-        largest = largest + self.b.abs().amax(1, keepdim=True)
-        return self.unit * (_SOFTMAX_ROUNDINGS + largest)
+        slope, offset = self.largest_logit
+        return torch.addcmul(offset, point.scale.abs(), slope)
 
 
 @dataclass(frozen=True)
@@ -110,6 +137,6 @@ def largest_first(y: Tensor, count: int) -> Tensor:
     return y.topk(min(count, y.shape[-1] - 1), -1).indices
 
 
-def rest_mask(y: Tensor, top: Tensor, inside: Tensor) -> Tensor:
-    """Return (..., C): 0 at the classes of ``top`` (..., K) that are ``inside``, 1 elsewhere."""
-    return torch.ones_like(y).scatter(-1, top, (~inside).to(y.dtype).expand(top.shape))
+def rest_mask(y: Tensor, top: Tensor, outside: Tensor) -> Tensor:
+    """Return (..., C): ``outside`` (..., K) at the classes of ``top`` (..., K), 1 elsewhere."""
+    return torch.ones_like(y).scatter(-1, top, outside.expand(top.shape))

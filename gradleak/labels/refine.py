@@ -23,6 +23,9 @@ _UNIFORM_STEPS, _WEIGHTED_STEPS = 2, 3
 _SURVIVORS = 2
 _LARGEST_STEP = 0.3
 _SAME_SCALE = 1e-6
+# Probability beyond the three largest classes below which a larger family may be flat in s.
+_SATURATED = 1e-2
+_NEARBY = (-1e-1, -1e-2, -1e-3, 1e-3, 1e-2, 1e-1)
 # Prior width of log|s| in the evidence: the features of real networks span about five decades.
 _LOG_SCALE_PRIOR = math.log(1e5)
 # A label parameter smaller than this many roundings of a probability is zero.
@@ -64,13 +67,14 @@ class _Choice:
     count: int
     free: Tensor
     inside: Tensor
+    outside: Tensor
 
     @classmethod
     def of(cls, table: FamilyTable, family: Tensor, dtype: torch.dtype) -> _Choice:
         support = table.support[family]
         count = int(table.support.max())
         inside = torch.arange(count, device=support.device) < support[:, None]
-        return cls(count, table.base[family].to(dtype), inside)
+        return cls(count, table.base[family].to(dtype), inside, (~inside).to(dtype))
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,28 @@ def refine(problem: ScaleProblem, candidates: Tensor, table: FamilyTable) -> Fit
     best = rho.topk(min(_SURVIVORS, rho.shape[-1]), -1, largest=False).indices
     scale, family = _flatten(scale.gather(-1, best))
     scale, _ = _descend(problem, scale, table, family, weighted=True, steps=_WEIGHTED_STEPS)
-    return describe(problem, scale, family, table, scale_known=False)
+    fits = describe(problem, scale, family, table, scale_known=False)
+    quality = torch.where(fits.feasible, fits.chi2 / fits.freedom.clamp(min=1), math.inf)
+    answer = scale.gather(-1, quality.argmin(-1, keepdim=True))
+    doubtful = (problem.noise == 0) & _saturated(problem, answer)
+    if not bool(doubtful.any()):
+        return fits
+    # A label at the edge of what a larger family allows is one of many if that family is flat
+    # there: ask every family just inside.
+    nearby = answer * (1.0 + torch.tensor(_NEARBY, dtype=scale.dtype, device=scale.device))
+    count = len(table.support)
+    more = torch.arange(count, device=scale.device).repeat_interleave(len(_NEARBY))
+    scale, family = torch.cat([scale, nearby.repeat(1, count)], -1), torch.cat([family, more])
+    fits = describe(problem, scale, family, table, scale_known=False)
+    fits.feasible[:, -len(more) :] &= doubtful[:, None]
+    return fits
+
+
+def _saturated(problem: ScaleProblem, scale: Tensor) -> Tensor:
+    """Return (B,) whether the classes beyond the few largest have next to no probability left."""
+    p = problem.at(scale).p[:, 0]
+    beyond = p.sum(-1) - p.topk(min(3, p.shape[-1]), -1).values.sum(-1)
+    return beyond < _SATURATED
 
 
 def _flatten(scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +187,7 @@ def describe(
         base_sharpness=base_sharpness,
         feasible=torch.ones_like(scale, dtype=torch.bool),
     )
-    return _with_feasibility(problem, fits, point, inside, free)
+    return _with_feasibility(problem, fits, point, inside, free, scale_known)
 
 
 def log_evidence(
@@ -217,7 +242,7 @@ def _residual(
     """Evaluate y(s) − base over the classes outside the support, and the Gauss–Newton step."""
     point = problem.at(scale)
     top = largest_first(point.y, choice.count)
-    weight = rest_mask(point.y, top, choice.inside[:, : top.shape[-1]])
+    weight = rest_mask(point.y, top, choice.outside[:, : top.shape[-1]])
     if weighted:
         weight = weight / problem.variance(point)
     share = choice.free / weight.sum(-1).clamp(min=_TINY)
@@ -235,7 +260,12 @@ def _residual(
 
 
 def _with_feasibility(
-    problem: ScaleProblem, fits: Fits, point: Point, inside: Tensor, free: Tensor
+    problem: ScaleProblem,
+    fits: Fits,
+    point: Point,
+    inside: Tensor,
+    free: Tensor,
+    scale_known: bool,
 ) -> Fits:
     """Keep the labels of the simplex whose every parameter is more than a rounding."""
     floor = _NEGLIGIBLE * problem.rounding(point)
@@ -247,4 +277,6 @@ def _with_feasibility(
     slack = torch.where(noisy, 6.0 * fits.base_error.clamp(max=0.1), 0.0)
     positive = fits.base * problem.classes > floor - slack * problem.classes
     feasible = (above | ~inside).all(-1) & (positive | ~free)
-    return Fits(**{**fits.__dict__, "feasible": feasible & (fits.freedom >= 1)})
+    # Classes that float32 has rounded away fit any scale; they are equations all the same.
+    rest = problem.classes - inside.sum(-1) - free.long() - int(not scale_known)
+    return Fits(**{**fits.__dict__, "feasible": feasible & (rest >= 1)})

@@ -21,6 +21,7 @@ _LOG_STEP, _LINEAR_STEP = 0.1, 0.4
 _SATURATED, _END = 60.0, 1e5
 _SATURATED_STEP = 0.02
 _KEEP = 3
+_RUN = 1 << 17
 
 
 def scale_grid(problem: ScaleProblem) -> Tensor:
@@ -44,6 +45,10 @@ def scale_grid(problem: ScaleProblem) -> Tensor:
             (first - bend) / _LINEAR_STEP,
             linear + torch.log(first / _SATURATED) / ratio,
         ),
+    )
+    coarse = linear + math.log(20.0) / ratio
+    steps = torch.where(
+        steps < coarse, steps, coarse + torch.log(first / (20.0 * _SATURATED)) / _LOG_STEP
     )
     # Far beyond saturation only the ratio of δ to p matters, and a coarser step serves.
     fast = math.log(_END / (20.0 * _SATURATED)) / _LOG_STEP
@@ -113,8 +118,10 @@ def find_candidates(problem: ScaleProblem, table: FamilyTable) -> Tensor:
     """Return (B, F, K) signed scales: the best local minima of ρ of every family, both signs."""
     grid = scale_grid(problem)
     scales = torch.stack([grid, -grid], 1)  # (B, 2, S)
-    curves = residual_curves(problem, scales.flatten(1), table)
-    curves = curves.reshape(len(curves), *scales.shape)
+    # In runs whose intermediate values stay in a core's cache.
+    run = max(1, _RUN // problem.a.numel())
+    parts = [residual_curves(problem, part, table) for part in scales.flatten(1).split(run, 1)]
+    curves = torch.cat(parts, -1).reshape(-1, *scales.shape)
     falls = torch.ones_like(curves, dtype=torch.bool)
     falls[..., 1:] &= curves[..., 1:] <= curves[..., :-1]
     falls[..., :-1] &= curves[..., :-1] <= curves[..., 1:]

@@ -58,13 +58,19 @@ def capture(
     any; ``labels`` are classes (N,) int64 or soft labels (N, C). ``spec`` adds what only the caller
     knows (name, mean, std, options). ``weights=False`` leaves the model state out, ``head_only``
     keeps the gradient and weights of the head alone, ``withhold_bias`` drops the head's bias
-    gradient (its bias stays). The model is left in the mode it was in.
+    gradient (its bias stays). The model is left in the mode and on the device it was in.
 
     Raises :class:`InputError` for shapes that do not fit or a network without a Linear head.
     """
     where = resolve_device(device)
     known = spec or ModelSpec()
-    training = model.training
+    if images.dim() != 4 or not len(images):
+        raise InputError(f"images of shape {list(images.shape)}", "give (N, C, H, W), N from 1")
+    first = next((p for p in model.parameters() if p.requires_grad), None)
+    if first is None:
+        raise InputError("no parameter of the network requires a gradient", "unfreeze one")
+    home = first.device
+    training = {module: module.training for module in model.modules()}
     model = model.to(where).eval()
     start = time.perf_counter()
     try:
@@ -72,18 +78,21 @@ def capture(
         inputs = pixels
         if known.mean is not None and known.std is not None:
             inputs = normalise(pixels, known.mean, known.std)
-        inputs = inputs.to(next(model.parameters()).dtype)
+        inputs = inputs.to(first.dtype)
         head, layers, from_image = describe(model, inputs[:1])
-        logits, features = _forward(model, inputs, [layer.name for layer in layers])
-        targets = _as_soft_labels(labels, logits)
         chosen = {
             name: parameter
             for name, parameter in model.named_parameters()
             if not head_only or name.rpartition(".")[0] == head
         }
-        gradients = _gradients(logits, targets, chosen)
+        with torch.enable_grad():
+            logits, features = _forward(model, inputs, [layer.name for layer in layers])
+            targets = _as_soft_labels(labels, logits)
+            gradients = _gradients(logits, targets, chosen)
     finally:
-        model.train(training)
+        for module, flag in training.items():
+            module.training = flag
+        model.to(home)
     if withhold_bias:
         gradients.pop(parameter_name(head, "bias"), None)
     full = replace(
@@ -114,7 +123,8 @@ def capture(
         "mode": "eval",
         "defenses": "[]",
     }
-    bundle = Bundle({name: t.cpu() for name, t in tensors.items()}, metadata)
+    # Copied: the model may be trained on, and the bundle must keep the state at capture.
+    bundle = Bundle({name: t.to("cpu", copy=True) for name, t in tensors.items()}, metadata)
     truth = Truth(
         labels=targets.detach().double().cpu(),
         images=pixels.cpu(),

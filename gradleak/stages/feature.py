@@ -23,10 +23,17 @@ from gradleak.bundle import (
 from gradleak.device import resolve_device
 from gradleak.errors import IncompleteError, InputError
 from gradleak.features import PeeledLayer, Peeling, peel_linear_layers
-from gradleak.head import Head, find_head, parameter_name, read_head, with_weights
+from gradleak.head import (
+    Head,
+    find_head,
+    linear_gradients,
+    parameter_name,
+    read_head,
+    with_weights,
+)
 from gradleak.labels.bias import scale_from_bias
 from gradleak.labels.factorise import leading_triple, rank_of
-from gradleak.labels.known import scale_of_label
+from gradleak.labels.known import label_residual, scale_of_label
 from gradleak.labels.single import scale_problem
 from gradleak.labels.verdict import Verdict
 from gradleak.models.spec import LinearLayer
@@ -114,7 +121,7 @@ def recover_feature(
         reason=reason,
         method=method,
         layers=peeling.layers,
-        stopped=peeling.stopped,
+        stopped=peeling.stopped or _unreached(bundle, layers),
         residual=peeling.layers[0].residual,
         device=str(where),
         seconds=seconds,
@@ -133,19 +140,20 @@ def _head_feature(head: Head, label: Tensor) -> tuple[Tensor, Tensor, str]:
             "sample",
             "attack gradients of single samples",
         )
+    noise = rank.noise if rank.noisy else 0.0
+    dtype = head.grad_weight.dtype
+    problem = scale_problem(leading, head.weight, head.bias, noise=noise, dtype=dtype)
     if head.grad_bias is not None and not rank.noisy:
         scale, method = float(scale_from_bias(leading, head.grad_bias)), "bias"
+        residual = label_residual(problem, label, scale)
     else:
-        noise = rank.noise if rank.noisy else 0.0
-        dtype = head.grad_weight.dtype
-        problem = scale_problem(leading, head.weight, head.bias, noise=noise, dtype=dtype)
         known = scale_of_label(problem, label)
-        if known.residual > _CONSISTENT and not rank.noisy:
-            raise InputError(
-                f"the label misses the head gradient by {known.residual:.1%} at every scale",
-                "recover the label from this bundle, or give the weights of this gradient",
-            )
-        scale, method = known.scale, "label"
+        scale, residual, method = known.scale, known.residual, "label"
+    if residual > _CONSISTENT and not rank.noisy:
+        raise InputError(
+            f"the label misses the head gradient by {residual:.1%}",
+            "recover the label from this bundle, or give the weights of this gradient",
+        )
     feature = scale * leading.v[0]
     delta = leading.sigma / scale * leading.u[0]
     return feature, delta, method
@@ -189,6 +197,16 @@ class BundleLayers:
     def _read(self, prefix: str, layer: str, kind: str) -> Tensor | None:
         name = prefix + parameter_name(layer, kind)
         return self._bundle.unchecked(name, self._device) if name in self._bundle else None
+
+
+def _unreached(bundle: Bundle, layers: tuple[LinearLayer, ...]) -> str | None:
+    """Say which Linear layers have a gradient in the bundle and no known way to them."""
+    names = {layer.name for layer in layers}
+    others = [name for name in linear_gradients(bundle) if name not in names]
+    if not others:
+        return None
+    listed = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
+    return f"{len(others)} more Linear layers ({listed}) lie behind other than known activations"
 
 
 def _verdict(bundle: Bundle, peeling: Peeling, layers: int) -> tuple[Verdict, str]:

@@ -94,8 +94,11 @@ def _against_truth(
     features: dict[str, tuple[float, ...]] = {}
     for name, true in truth.features.items():
         if bundle is not None and FEATURE + name in bundle:
-            found = bundle.tensor(FEATURE + name).double()[index]
-            features[name] = _floats(relative_error(found, true.double()))
+            found = bundle.tensor(FEATURE + name).double()
+            _require_samples(FEATURE + name, found, count)
+            features[name] = _floats(relative_error(found[index], true.double()))
+    if images is not None:
+        _require_samples("the recovered image", images, count)
     return Score(
         labels=None
         if labels is None
@@ -105,6 +108,14 @@ def _against_truth(
         image_note=None,
         order=tuple(index),
     )
+
+
+def _require_samples(what: str, recovered: Tensor, count: int) -> None:
+    if len(recovered) != count:
+        raise InputError(
+            f"{what} is of {len(recovered)} samples and the truth of {count}",
+            "score the bundle against the truth of the same capture",
+        )
 
 
 def _floats(values: torch.Tensor) -> tuple[float, ...]:
