@@ -213,3 +213,19 @@ def metadata_of(path: Path) -> dict[str, str]:
     """Read a safetensors file's metadata with the safetensors library."""
     with safe_open(path, "pt") as file:
         return dict(file.metadata() or {})
+
+
+def assert_refused(done: Done, code: int, text: str) -> None:
+    """Check exit code and line of a refusal: what is wrong and, behind a semicolon, the mend."""
+    assert done.code == code, done
+    assert done.line.startswith("gradleak: "), done.err
+    assert text in done.line
+    assert "; " in done.line, "no mend"
+
+
+def refuse_label(path: Path, text: str, *options: object, code: int = 3) -> None:
+    """Check the line for people and the object for machines of one refused bundle."""
+    assert_refused(run_cli("recover-label", path, *options), code, text)
+    found = run_cli("recover-label", path, *options, "--json").object
+    assert (found["verdict"], found["exit_code"]) == ("failed", code)
+    assert text in found["reason"]

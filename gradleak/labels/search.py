@@ -120,7 +120,8 @@ def find_candidates(problem: ScaleProblem, table: FamilyTable) -> Tensor:
     scales = torch.stack([grid, -grid], 1)  # (B, 2, S)
     # In runs whose intermediate values stay in a core's cache.
     run = max(1, _RUN // problem.a.numel())
-    parts = [residual_curves(problem, part, table) for part in scales.flatten(1).split(run, 1)]
+    runs: tuple[Tensor, ...] = torch.split(scales.flatten(1), run, 1)
+    parts = [residual_curves(problem, part, table) for part in runs]
     curves = torch.cat(parts, -1).reshape(-1, *scales.shape)
     falls = torch.ones_like(curves, dtype=torch.bool)
     falls[..., 1:] &= curves[..., 1:] <= curves[..., :-1]

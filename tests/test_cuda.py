@@ -1,0 +1,136 @@
+"""Every stage on a GPU gives the answer that it gives on the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import photographs
+import pytest
+import torch
+from conftest import CAT, metadata_of, run_cli
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gradleak import bundle_of_step, capture, reconstruct, recover_feature, recover_label
+from gradleak.models.build import build_model
+from gradleak.reconstruction.options import MatchSettings
+from gradleak.stages.label import LabelOutcome
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DEVICES = ("cpu", "cuda")
+
+
+def close(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    """Whether two tensors differ by no more than ``tolerance`` of the largest entry."""
+    return float((one - other).abs().max()) <= tolerance * float(one.abs().max())
+
+
+def stages(folder: Path, device: str, *arguments: object) -> dict[str, Tensor]:
+    """Run the pipeline on ``device`` and return all tensors of the last bundle."""
+    path, where = folder / f"{device}.safetensors", ("--device", device, "-q")
+    commands = [
+        ("capture", *arguments, "-o", path),
+        ("recover-label", path, "-o", path),
+        ("recover-feature", path, "-o", path),
+        ("reconstruct", path, "-o", path),
+    ]
+    for command in commands:
+        done = run_cli(*command, *where)
+        assert (done.code, done.err) == (0, "")
+    recorded = {
+        stage["device"].partition(":")[0] for stage in json.loads(metadata_of(path)["stages"])
+    }
+    assert recorded == {device}
+    return load_file(path)
+
+
+def test_the_exact_pipeline_agrees(tmp_path: Path) -> None:
+    arguments = ("--model", "fcn4", "--size", 16, "--image", CAT, "--smooth", 0.1, "--label", 3)
+    cpu, cuda = (stages(tmp_path, device, *arguments) for device in DEVICES)
+    assert cpu.keys() == cuda.keys()
+    for name, tensor in cpu.items():
+        tolerance = 0.0 if name.startswith(("param/", "buffer/")) else 1e-4
+        assert close(tensor, cuda[name], tolerance), name
+    pictures = [(t["image/reconstructed"] * 255).round() for t in (cpu, cuda)]
+    assert torch.equal(*pictures)
+
+
+@pytest.mark.parametrize("method", ["bias", "scale"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_labels_of_one_gradient_agree(method: str, dtype: torch.dtype) -> None:
+    model = build_model("lenet")
+    image, label = photographs.centre("chelsea", 32), torch.full((1, 10), 0.01)
+    label[0, 3] = 0.91
+    bundle = capture(model, image, label, device="cpu").bundle
+    typed = bundle.extended({n: bundle.tensor(n).to(dtype) for n in bundle})
+    found: list[LabelOutcome] = [
+        recover_label(typed, method=method, device=device) for device in DEVICES
+    ]
+    cpu, cuda = (outcome.result for outcome in found)
+    assert (cpu.verdict, cpu.family, cpu.method) == (cuda.verdict, cuda.family, cuda.method)
+    assert (found[1].device, [s.classes for s in cpu.samples]) == (
+        "cuda",
+        [s.classes for s in cuda.samples],
+    )
+    assert cpu.labels is not None
+    assert cuda.labels is not None
+    uncertainty = max(sample.uncertainty() for sample in cpu.samples)
+    assert float((cpu.labels - cuda.labels.cpu()).abs().max()) <= 3 * uncertainty + 1e-9
+
+
+@pytest.mark.parametrize("name", ["lenet", "resnet18-cifar"])
+def test_features_of_one_gradient_agree(name: str) -> None:
+    model = build_model(name)
+    captured = capture(model, photographs.centre("coffee", 32), torch.tensor([4]), device="cpu")
+    labelled = recover_label(captured.bundle, device="cpu").bundle
+    cpu, cuda = (recover_feature(labelled, device=device) for device in DEVICES)
+    assert cpu.verdict == cuda.verdict
+    for one, other in zip(cpu.layers, cuda.layers, strict=True):
+        assert one.name == other.name
+        assert close(one.feature, other.feature.cpu(), 1e-5)
+
+
+def test_gradient_matching_comes_as_close() -> None:
+    captured = capture(
+        build_model("lenet"), photographs.centre("chelsea", 32), torch.tensor([3]), device="cpu"
+    )
+    labelled = recover_label(captured.bundle, device="cpu").bundle
+    settings = MatchSettings(steps=300, time_limit=None)
+    for device in DEVICES:
+        found = reconstruct(labelled, method="match", settings=settings, device=device)
+        assert found.match is not None
+        assert torch.device(found.device).type == device
+        error = (found.images.cpu() - captured.truth.images).square().mean()
+        assert -10 * float(error.log10()) > 40
+
+
+def test_the_model_stays_where_and_as_it_was() -> None:
+    model = build_model("resnet18-cifar").train()
+    model.bn1.eval()  # type: ignore[union-attr,operator]
+    modes = [module.training for module in model.modules()]
+    captured = capture(model, photographs.centre("chelsea", 32), torch.tensor([1]), device="cuda")
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert [module.training for module in model.modules()] == modes
+    assert captured.bundle.tensor("grad/fc.weight").device.type == "cpu"
+
+
+def test_a_training_step_on_the_gpu() -> None:
+    model = build_model("lenet").cuda()
+    image = photographs.centre("chelsea", 32).cuda()
+    torch.nn.functional.cross_entropy(model(image), torch.tensor([3]).cuda()).backward()
+    found = recover_label(bundle_of_step(model, image)).result
+    assert found.verdict == "unique"
+    assert found.samples[0].classes[0] == 3
+
+
+def test_devices_by_number(tmp_path: Path) -> None:
+    command = ("capture", "--model", "lenet", "--image", CAT, "-o", tmp_path / "b", "-q")
+    count = torch.cuda.device_count()
+    assert run_cli(*command, "--device", f"cuda:{count - 1}").code == 0
+    missing = run_cli(*command, "--device", f"cuda:{count}")
+    assert missing.code == 2
+    assert f"device 'cuda:{count}' is not there ({count} CUDA devices found)" in missing.line
