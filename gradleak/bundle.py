@@ -92,6 +92,22 @@ class Bundle:
         value = self._json("batch_size")
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
+    def require_softmax_loss(self) -> None:
+        """Raise :class:`InputError` if the metadata name a loss that no attack here applies to."""
+        loss = self._json("loss")
+        if not isinstance(loss, dict):
+            return
+        name, scale = loss.get("name", "cross_entropy"), loss.get("scale", 1.0)
+        if name != "cross_entropy":
+            raise InputError(
+                f"the bundle's loss is {name!r}, and the attacks are on softmax cross-entropy",
+                "capture with cross-entropy",
+            )
+        if scale != 1.0:
+            raise InputError(
+                f"the bundle's loss was scaled by {scale}", "divide the gradients by it, scale 1"
+            )
+
     @property
     def stages(self) -> list[dict[str, Any]]:
         """The stages that worked on this bundle, in order."""

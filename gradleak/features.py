@@ -21,6 +21,8 @@ from gradleak.models.spec import LinearLayer
 
 _STARTS = 8
 _STEPS = 40
+# A layer's output may miss the recovered input of the layer above by this much, relative.
+_CONSISTENT = 1e-2
 
 
 class LayerReader(Protocol):
@@ -64,7 +66,8 @@ def peel_linear_layers(
 
     ``layers`` in forward order end with the head; ``read`` fetches their tensors; ``feature``
     (D,) and ``delta`` (C,) are the head's input and output delta in float64. Stops, and says so, at
-    an unknown activation, a missing gradient or weight, or a vanished delta.
+    an unknown activation, a missing gradient or weight, a vanished delta, or where a layer's output
+    is not what the layer above was found to read.
     """
     gradient = read.gradient(layers[-1].name)
     if gradient is None:
@@ -81,10 +84,30 @@ def peel_linear_layers(
         delta, square = found, found.square().sum()
         if not float(square) > 0.0:
             return Peeling(tuple(peeled), f"{layer.name}: no delta passes its activation")
-        feature = rmatvec(gradient, delta) / square
-        residual = outer_residual(gradient, delta, feature)
+        below = rmatvec(gradient, delta) / square
+        residual = outer_residual(gradient, delta, below)
+        forward = _forward_error(layer, read, below, feature)
+        if forward > _CONSISTENT:
+            why = f"its output, computed from its input, misses the layer above by {forward:.1%}"
+            return Peeling(tuple(peeled), f"{layer.name}: {why}")
+        feature = below
         peeled.append(PeeledLayer(layer.name, feature, residual))
     return Peeling(tuple(peeled), None)
+
+
+def _forward_error(layer: LinearLayer, read: LayerReader, below: Tensor, output: Tensor) -> float:
+    """Return ‖φ(W x + b) − output‖ / ‖output‖, 0 where weight or activation is not known.
+
+    The way down and the way up use different equations: dropout, a wrong activation or foreign
+    weights show here.
+    """
+    phi, weight = activation(layer.activation), read.parameter(layer.name)
+    if phi is None or weight is None:
+        return 0.0
+    bias = read.parameter(layer.name, "bias")
+    z = (weight @ below.to(weight.dtype)).double()
+    z = z if bias is None else z + bias.double()
+    return float((phi.apply(z) - output).norm() / output.norm().clamp(min=1e-300))
 
 
 def _delta_below(

@@ -42,6 +42,7 @@ def read_head(
     own. Raises :class:`InputError` when no or several candidates are found, or shapes disagree, and
     :class:`IncompleteError` when its gradient or weights are missing.
     """
+    bundle.require_softmax_loss()
     layer = name if name is not None else find_head(bundle)
     weight_name, bias_name = parameter_name(layer, "weight"), parameter_name(layer, "bias")
     if GRAD + weight_name not in bundle:

@@ -11,11 +11,29 @@ from torch import Tensor
 # that is looked at once, large enough to be shared out to the cores.
 _BLOCK, _ONCE = 1 << 18, 1 << 20
 _RUN = 64
+_SAMPLE = 4096
 
 
 def precision(dtype: torch.dtype) -> float:
     """Return the unit roundoff of ``dtype``: half its machine epsilon."""
     return float(torch.finfo(dtype).eps) / 2.0
+
+
+def effective_precision(tensor: Tensor) -> float:
+    """Return the unit roundoff of the coarsest dtype that holds every value of ``tensor``.
+
+    A gradient that was float32 or bfloat16 once keeps that precision in whatever dtype it is saved.
+    """
+    sample = tensor.flatten()[:_SAMPLE]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        coarser = precision(dtype) > precision(tensor.dtype)
+        if coarser and _holds(dtype, sample) and _holds(dtype, tensor):
+            return precision(dtype)
+    return precision(tensor.dtype)
+
+
+def _holds(dtype: torch.dtype, tensor: Tensor) -> bool:
+    return bool((tensor.to(dtype).to(tensor.dtype) == tensor).all())
 
 
 def row_blocks(matrix: Tensor, values: int = _BLOCK) -> Iterator[slice]:
@@ -51,13 +69,15 @@ def rmatvec(matrix: Tensor, vector: Tensor) -> Tensor:
 def outer_residual(matrix: Tensor, left: Tensor, right: Tensor) -> float:
     """Return ‖M − l rᵀ‖ / ‖M‖ for (R, K), (R,), (K,); 0 for a matrix of zeros.
 
-    The differences are formed in the matrix's own precision, their squares summed in float64: the
-    result is right down to that precision, which is all the matrix can be compared to.
+    The differences are formed in the matrix's own precision, at least float32, their squares
+    summed in float64: the result is right down to that precision, which is all the matrix can be
+    compared to.
     """
-    left, right = left.to(matrix.dtype), right.to(matrix.dtype)
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    left, right = left.to(wide), right.to(wide)
     rest = total = torch.zeros((), dtype=torch.float64, device=matrix.device)
     for rows in row_blocks(matrix, _ONCE):
-        block = matrix[rows]
+        block = matrix[rows].to(wide)
         difference = torch.addr(block, left[rows], right, alpha=-1.0)
         rest = rest + _square(difference)
         total = total + _square(block)

@@ -56,8 +56,9 @@ def root(
 ) -> None:
     """Show, exactly and honestly, what a saved gradient gives away.
 
-    For measuring your own systems: each stage reads a gradient bundle, adds what it found, and
-    writes a bundle. Exit codes: 0 done, 2 usage, 3 invalid input, 4 answer not complete.
+    For measuring your own systems. Each stage reads a gradient bundle and adds what it found.
+
+    Exit codes: 0 done, 2 usage, 3 invalid input, 4 answer not complete.
     """
 
 

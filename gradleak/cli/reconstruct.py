@@ -99,7 +99,7 @@ def command(
         typer.Option(
             min=1,
             help="Evaluations of the matching objective per restart, from 1. Default: 400 for "
-            "adam, 4000 for lbfgs.",
+            "adam, 10000 for lbfgs.",
             show_default=False,
             rich_help_panel=ATTACK,
         ),

@@ -11,17 +11,18 @@ from gradleak.labels.factorise import RankOne
 _FOREIGN = 1e-2
 
 
-def scale_from_bias(leading: RankOne, grad_bias: Tensor) -> Tensor:
+def scale_from_bias(leading: RankOne, grad_bias: Tensor, noise: float = 0.0) -> Tensor:
     """Return (1,) the signed scale s = σ uᵀδ / ‖δ‖² of x = Gᵀδ / ‖δ‖², δ the bias gradient (C,).
 
-    Raises :class:`InputError` when δ is zero or no multiple of u: then the two gradients are not of
-    the same step.
+    ``noise`` is the standard deviation of additive noise on one entry. Raises :class:`InputError`
+    when δ is zero or no multiple of u: then the two gradients are not of the same step.
     """
     delta = grad_bias.double()
     square = delta.square().sum()
     along = leading.u[0] @ delta
     foreign = (square - along.square()).clamp(min=0.0)
-    if not float(square) > 0.0 or float(foreign) > _FOREIGN * float(square):
+    allowed = _FOREIGN * float(square) + 4.0 * len(delta) * noise**2
+    if not float(square) > 0.0 or float(foreign) > allowed:
         raise InputError(
             "the bias gradient and the weight gradient of the head do not belong together",
             "capture both in one step, or leave the bias gradient out",

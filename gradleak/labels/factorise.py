@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from gradleak.linalg import precision, row_blocks
+from gradleak.linalg import effective_precision, precision, row_blocks
 
 # A rank-one residual up to this many roundings is rounding, not noise and not a second sample.
 _ROUNDINGS = 16.0
+_FLOAT32 = precision(torch.float32)
 _SWEEPS = 3
 
 
@@ -19,13 +20,16 @@ _SWEEPS = 3
 class RankOne:
     """The leading singular triple of B gradients (C, D): G ≈ σ u vᵀ, ‖u‖ = ‖v‖ = 1, in float64.
 
-    ``u`` (B, C), ``sigma`` (B,), ``v`` (B, D); ``residual`` (B,) is ‖G − σ u vᵀ‖ / ‖G‖.
+    ``u`` (B, C), ``sigma`` (B,), ``v`` (B, D) with a non-negative sum, so that non-negative
+    features have positive scales; ``residual`` (B,) is ‖G − σ u vᵀ‖ / ‖G‖, ``unit`` the roundoff
+    of the gradients' effective precision.
     """
 
     u: Tensor
     sigma: Tensor
     v: Tensor
     residual: Tensor
+    unit: float
 
 
 @dataclass(frozen=True)
@@ -51,16 +55,22 @@ def leading_triple(gradient: Tensor) -> RankOne:
     largest = torch.linalg.vector_norm(gradient, dim=2).argmax(1)
     v = gradient[torch.arange(len(gradient), device=gradient.device), largest].double()
     v = _sweep(gradient, v / _nonzero(torch.linalg.vector_norm(v, dim=1, keepdim=True)))
-    found = _project(gradient, v)
-    if bool((found.residual > _ROUNDINGS * precision(gradient.dtype)).any()):
+    unit = effective_precision(gradient)
+    found = _project(gradient, v, unit)
+    if bool((found.residual > _ROUNDINGS * unit).any()):
         for _ in range(_SWEEPS):
             v = _sweep(gradient, v)
-        found = _project(gradient, v)
+        found = _project(gradient, v, unit)
+    if unit < _FLOAT32 and bool((found.residual > _ROUNDINGS * unit).any()):
+        # float64 on the outside, float32 in the making: its rounding is no second sample.
+        coarse = bool((found.residual <= _ROUNDINGS * _FLOAT32).all())
+        found = replace(found, unit=_FLOAT32) if coarse else found
     return found
 
 
-def _project(gradient: Tensor, v: Tensor) -> RankOne:
+def _project(gradient: Tensor, v: Tensor, unit: float) -> RankOne:
     """Return u and σ of G v = σ u, and what σ u vᵀ leaves of G, in one pass over it."""
+    v = torch.where(v.sum(1, keepdim=True) < 0, -v, v)
     parts = []
     left = torch.zeros_like(v[:, 0])
     for rows in row_blocks(gradient):
@@ -76,6 +86,7 @@ def _project(gradient: Tensor, v: Tensor) -> RankOne:
         sigma=sigma,
         v=v,
         residual=(left / _nonzero(sigma.square() + left)).sqrt(),
+        unit=unit,
     )
 
 
@@ -89,7 +100,7 @@ def rank_of(gradient: Tensor, leading: RankOne, index: int = 0) -> Rank:
     classes, width = gradient.shape[1:]
     scale = math.sqrt(classes * width)
     norm = float(leading.sigma[index])
-    unit = precision(gradient.dtype)
+    unit = leading.unit
     residual = float(leading.residual[index])
     if residual <= _ROUNDINGS * unit:
         return Rank(rank=int(norm > 0), noise=residual * norm / scale, noisy=False)

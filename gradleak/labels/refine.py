@@ -23,13 +23,15 @@ _UNIFORM_STEPS, _WEIGHTED_STEPS = 2, 3
 _SURVIVORS = 2
 _LARGEST_STEP = 0.3
 _SAME_SCALE = 1e-6
+# Relative rounding of a probability at which it says nothing any more.
+_SCRAMBLED = 0.05
 # Probability beyond the three largest classes below which a larger family may be flat in s.
 _SATURATED = 1e-2
 _NEARBY = (-1e-1, -1e-2, -1e-3, 1e-3, 1e-2, 1e-1)
 # Prior width of log|s| in the evidence: the features of real networks span about five decades.
 _LOG_SCALE_PRIOR = math.log(1e5)
 # A label parameter smaller than this many roundings of a probability is zero.
-_NEGLIGIBLE = 16.0
+_NEGLIGIBLE, _NEGLIGIBLE_AT_MOST = 16.0, 1e-4
 _TINY = 1e-300
 
 
@@ -195,7 +197,8 @@ def log_evidence(
 ) -> Tensor:
     """Return (B, M) the Laplace log evidence of each fit under uniform priors.
 
-    Priors: log|s| over five decades, each mixture weight over (0, 1), the base over (0, 1/C).
+    Priors: log|s| over five decades, each mixture weight over (0, 1), the base over (0, 1/C), and
+    under noise every choice of the support's classes alike.
     ``inflation`` (B,) scales the variances where even the best fit exceeds the noise model. A
     parameter that is worse determined than its prior contributes nothing.
     """
@@ -207,8 +210,17 @@ def log_evidence(
     order = torch.arange(fits.top.shape[-1], device=support.device)
     mixture = (order > 0) & (order < support[:, None])
     volume = volume + torch.where(free, base, 0.0)
+    # Without noise a fit of the wrong classes is no fit; under noise the best of many may be one.
+    noisy = (problem.noise > 0).to(volume.dtype)[:, None]
+    volume = volume - noisy * _log_choices(problem.classes, support)
     volume = volume + torch.where(mixture, weights, 0.0).sum(-1)
     return volume - 0.5 * fits.chi2 / inflation[:, None]
+
+
+def _log_choices(classes: int, support: Tensor) -> Tensor:
+    """Return log of the number of supports of each size (M,) among ``classes``."""
+    c, k = torch.tensor(classes + 1.0, dtype=torch.float64), support + 1.0
+    return torch.lgamma(c.to(k)) - torch.lgamma(k) - torch.lgamma(c.to(k) - support)
 
 
 def _descend(
@@ -268,7 +280,7 @@ def _with_feasibility(
     scale_known: bool,
 ) -> Fits:
     """Keep the labels of the simplex whose every parameter is more than a rounding."""
-    floor = _NEGLIGIBLE * problem.rounding(point)
+    floor = (_NEGLIGIBLE * problem.rounding(point)).clamp(max=_NEGLIGIBLE_AT_MOST)
     noisy = (problem.noise > 0)[:, None]
     # Under noise a parameter may be small; the evidence decides whether it is there.
     floor = torch.where(noisy, 0.0, floor)
@@ -277,6 +289,8 @@ def _with_feasibility(
     slack = torch.where(noisy, 6.0 * fits.base_error.clamp(max=0.1), 0.0)
     positive = fits.base * problem.classes > floor - slack * problem.classes
     feasible = (above | ~inside).all(-1) & (positive | ~free)
+    # Where the rounding of the logits alone scrambles the probabilities, everything fits.
+    feasible = feasible & (problem.rounding(point) < _SCRAMBLED)
     # Classes that float32 has rounded away fit any scale; they are equations all the same.
     rest = problem.classes - inside.sum(-1) - free.long() - int(not scale_known)
     return Fits(**{**fits.__dict__, "feasible": feasible & (rest >= 1)})

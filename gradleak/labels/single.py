@@ -51,6 +51,15 @@ def recover_single(
         )
     rank = rank_of(grad_weight[None], leading)
     check_column_sums(grad_weight, leading, rank)
+    if rank.rank == 0:
+        return LabelResult(
+            "failed",
+            f"no singular value of the head gradient rises above its noise (std {rank.noise:.2g})",
+            "none",
+            None,
+            0,
+            noise=rank.noise,
+        )
     if rank.rank != 1:
         most = min(classes - 1, width)
         count = f"at least {most}" if rank.rank >= most else f"about {rank.rank}"
@@ -63,14 +72,13 @@ def recover_single(
             rank.rank,
             noise=rank.noise,
         )
-    closed = grad_bias is not None and method != "scale"
-    problem = scale_problem(
-        leading, weight, bias, noise=rank.noise if rank.noisy else 0.0, dtype=grad_weight.dtype
-    )
+    # Under noise the ratio of two noisy gradients is biased; the search is not.
+    closed = grad_bias is not None and (method == "bias" or (method == "auto" and not rank.noisy))
+    problem = scale_problem(leading, weight, bias, noise=rank.noise if rank.noisy else 0.0)
     table = FamilyTable.of(families, grad_weight.device)
     if closed:
         assert grad_bias is not None
-        scale = scale_from_bias(leading, grad_bias)
+        scale = scale_from_bias(leading, grad_bias, rank.noise if rank.noisy else 0.0)
         every = torch.arange(len(families), device=scale.device)
         fits = describe(problem, scale.expand(1, len(families)), every, table, scale_known=True)
     else:
@@ -80,11 +88,12 @@ def recover_single(
 
 
 def scale_problem(
-    leading: RankOne, weight: Tensor, bias: Tensor | None, *, noise: float, dtype: torch.dtype
+    leading: RankOne, weight: Tensor, bias: Tensor | None, *, noise: float
 ) -> ScaleProblem:
-    """Set up the one-scalar problem of a factorised gradient of ``dtype`` and its head.
+    """Set up the one-scalar problem of a factorised gradient and its head.
 
     ``weight`` is (C, D), ``bias`` (C,) or None, ``noise`` the std of additive noise on one entry.
+    Weights of a lower precision than the gradient's limit what can be compared.
     """
     return ScaleProblem(
         a=matvec(weight[None], leading.v),
@@ -92,7 +101,7 @@ def scale_problem(
         u=leading.u,
         sigma=leading.sigma,
         noise=torch.full_like(leading.sigma, noise),
-        unit=precision(dtype),
+        unit=max(leading.unit, precision(weight.dtype)),
     )
 
 
@@ -108,7 +117,7 @@ def check_column_sums(grad_weight: Tensor, leading: RankOne, rank: Rank) -> None
     else:
         total = float(grad_weight.double().sum(0).abs().sum())
         size = float(grad_weight.double().abs().sum())
-    rounding = _ROUNDINGS * precision(grad_weight.dtype)
+    rounding = _ROUNDINGS * leading.unit
     allowed = max(_COLUMN_SUMS, rounding) * size + rounding * _LARGEST_FEATURE * width
     if rank.noisy:
         allowed += 4.0 * rank.noise * math.sqrt(classes) * width

@@ -149,7 +149,8 @@ def judge_residual(
 
 
 def _allowed(precision: float, dtype: torch.dtype, roundings: float) -> float:
-    eps = torch.finfo(dtype).eps
+    # The finished image is float32, whatever the gradients are.
+    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     return roundings * max(min(precision, math.sqrt(eps), _LARGEST_ROUNDING), eps)
 
 

@@ -153,8 +153,15 @@ def bundle_of_step(
         raise InputError("the model holds no gradient", "call this after loss.backward()")
     known = spec or ModelSpec()
     head, layers, from_image = describe(model, torch.zeros_like(example[:1]))
+    linear = model.get_submodule(head)
+    assert isinstance(linear, nn.Linear)
     full = replace(
-        known, input_shape=_shape_of(example), head=head, layers=layers, from_image=from_image
+        known,
+        classes=known.classes or linear.out_features,
+        input_shape=_shape_of(example),
+        head=head,
+        layers=layers,
+        from_image=from_image,
     )
     tensors = {GRAD + n: g.detach().clone().cpu() for n, g in gradients.items()}
     tensors |= {PARAM + n: p.detach().clone().cpu() for n, p in model.named_parameters()}
@@ -163,7 +170,7 @@ def bundle_of_step(
     if batch_size is not None:
         metadata["batch_size"] = str(batch_size)
     metadata["mode"] = "train" if model.training else "eval"
-    return Bundle(tensors, metadata)
+    return Bundle(tensors, metadata).extended(record=StageRecord("capture", {"own_step": True}))
 
 
 def predict(model: nn.Module, images: Tensor, spec: ModelSpec, device: str = "auto") -> Prediction:

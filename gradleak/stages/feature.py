@@ -141,8 +141,7 @@ def _head_feature(head: Head, label: Tensor) -> tuple[Tensor, Tensor, str]:
             "attack gradients of single samples",
         )
     noise = rank.noise if rank.noisy else 0.0
-    dtype = head.grad_weight.dtype
-    problem = scale_problem(leading, head.weight, head.bias, noise=noise, dtype=dtype)
+    problem = scale_problem(leading, head.weight, head.bias, noise=noise)
     if head.grad_bias is not None and not rank.noisy:
         scale, method = float(scale_from_bias(leading, head.grad_bias)), "bias"
         residual = label_residual(problem, label, scale)
@@ -220,4 +219,9 @@ def _verdict(bundle: Bundle, peeling: Peeling, layers: int) -> tuple[Verdict, st
         reached = len(peeling.layers)
         return "failed", f"{reached} of {layers} Linear layers were reached ({peeling.stopped})"
     worst = max(peeling.layers, key=lambda peeled: peeled.residual)
+    if worst.residual > _CONSISTENT:
+        return "failed", (
+            f"the gradient of {worst.name} misses δxᵀ by {worst.residual:.1%}: noise, or more than "
+            "one sample"
+        )
     return "unique", f"largest residual {worst.residual:.1e}, in {worst.name}"
