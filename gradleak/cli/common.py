@@ -210,7 +210,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def _print_table(report: Report, stream: TextIO) -> None:
-    title = printable(report.title)
+    title = printable("standard input" if report.title == STDIO else report.title)
     rows = [(printable(name), printable(value)) for name, value in report.rows]
     if not stream.isatty():  # whole lines, for grep and logs
         width = max(len(name) for name, _ in rows)
