@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,9 +29,13 @@ class Activation:
 def activation(name: str | None) -> Activation | None:
     """Return the activation called ``name`` (as in ``LinearLayer``), or None if it is not known."""
     kind, _, number = (name or "").partition(":")
-    if kind == "leaky_relu":
-        return _leaky_relu(float(number or 0.01))
-    return _TABLE.get(kind)
+    if kind != "leaky_relu":
+        return _TABLE.get(kind)
+    try:
+        slope = float(number or 0.01)
+    except ValueError:
+        return None
+    return _leaky_relu(slope) if math.isfinite(slope) else None
 
 
 def _leaky_relu(slope: float) -> Activation:

@@ -67,7 +67,7 @@ def rmatvec(matrix: Tensor, vector: Tensor) -> Tensor:
 
 
 def outer_residual(matrix: Tensor, left: Tensor, right: Tensor) -> float:
-    """Return ‖M − l rᵀ‖ / ‖M‖ for (R, K), (R,), (K,); 0 for a matrix of zeros.
+    """Return ‖M − l rᵀ‖ / ‖M‖ for (R, K), (R,), (K,); 0 for a matrix of zeros, NaN if it holds one.
 
     The differences are formed in the matrix's own precision, at least float32, their squares
     summed in float64: the result is right down to that precision, which is all the matrix can be
@@ -81,7 +81,7 @@ def outer_residual(matrix: Tensor, left: Tensor, right: Tensor) -> float:
         difference = torch.addr(block, left[rows], right, alpha=-1.0)
         rest = rest + _square(difference)
         total = total + _square(block)
-    return float((rest / total).sqrt()) if float(total) > 0.0 else 0.0
+    return 0.0 if float(total) == 0.0 else float((rest / total).sqrt())
 
 
 def _square(block: Tensor) -> Tensor:

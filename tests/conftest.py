@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gradleak import Bundle
 from gradleak.cli import app
 
 torch.set_num_threads(1)
@@ -207,6 +208,15 @@ def save(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Return every tensor of a bundle as bytes, and the metadata without what time it took."""
+    bundle = Bundle.open(path)
+    tensors = {n: bundle.unchecked(n).reshape(-1).view(torch.uint8).numpy() for n in bundle}
+    stages = [{**stage, "seconds": None} for stage in bundle.stages]
+    metadata = {**bundle.metadata, "stages": json.dumps(stages)}
+    return {n: t.tobytes() for n, t in tensors.items()} | {"": repr(sorted(metadata)).encode()}
 
 
 def metadata_of(path: Path) -> dict[str, str]:

@@ -165,7 +165,7 @@ def test_pickled_code_is_not_run(lenet: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
     pickle.loads(pickle.dumps(Code(made)))
     made.rmdir()  # it does what it is to do
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"fc.weight": Code(made)}))
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"fc.weight": Code(made)}, protocol=2))
     torch.save({"fc.weight": Code(made)}, tmp_path / "archive.pt")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
     for name in ("plain.pth", "archive.pt", "module.pt"):

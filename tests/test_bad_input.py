@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -139,6 +140,62 @@ def test_a_label_of_another_gradient(labelled: Path, tmp_path: Path) -> None:
     tensors["label/soft"] = torch.full((1, 5), 0.2)
     save_file(tensors, tmp_path / "b", metadata_of(labelled))
     assert_refused(run_cli("recover-feature", tmp_path / "b"), 3, "for a head of 17 classes")
+
+
+# --- Numbers and claims that lead nowhere -------------------------------------------------------
+
+
+def test_a_gradient_too_large_for_any_feature(head_tensors: Tensors, save: Save) -> None:
+    vast = {
+        "grad/fc.weight": head_tensors["grad/fc.weight"] * 1e30,
+        "param/fc.weight": head_tensors["param/fc.weight"],
+    }
+    assert run_cli("recover-label", save(vast), "--json").code == 4
+
+
+def chain(activation: str) -> dict[str, object]:
+    """Return the metadata of fcn4's layers with another activation."""
+    return {"layers": [{"name": f"fc{n}", "activation": activation} for n in (1, 2, 3, 4)]}
+
+
+@pytest.mark.parametrize("name", ["param/fc1.weight", "param/fc3.weight", "feature/fc1"])
+def test_zeros_where_no_gradient_could_come_from(name: str, featured: Path, tmp_path: Path) -> None:
+    tensors = load_file(featured)
+    tensors[name].zero_()
+    save_file(tensors, tmp_path / "b", metadata_of(featured))
+    assert run_cli("reconstruct", tmp_path / "b").code == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "codes"),
+    [
+        ({"std": [1e-300] * 3}, (0, 4)),
+        ({"std": [1e300] * 3}, (0, 4)),
+        ({"mean": [0.5]}, (0, 3)),
+        ({"input_shape": [3, 8, 9]}, (0, 3)),
+        ({"input_shape": None}, (0, 4)),
+        ({"layers": [{"name": "fc1", "activation": "leaky_relu:x"}, {"name": "fc4"}]}, (3, 3)),
+        (chain("leaky_relu:x"), (4, 4)),
+        (chain("relu6"), (4, 4)),
+    ],
+)
+def test_false_metadata(
+    change: dict[str, object], codes: tuple[int, int], featured: Path, tmp_path: Path
+) -> None:
+    metadata = metadata_of(featured)
+    metadata["model"] = json.dumps({**json.loads(metadata["model"]), **change})
+    save_file(load_file(featured), tmp_path / "b", metadata)
+    for command, code in zip(("recover-feature", "reconstruct"), codes, strict=True):
+        done = run_cli(command, tmp_path / "b")
+        assert done.code == code
+        assert len(done.err.splitlines()) <= 1
+
+
+def test_a_label_as_wide_as_another_head(labelled: Path, featured: Path, tmp_path: Path) -> None:
+    tensors = load_file(featured)
+    tensors["label/soft"] = torch.full((1, 16), 1 / 16)
+    save_file(tensors, tmp_path / "b", metadata_of(featured))
+    assert_refused(run_cli("reconstruct", tmp_path / "b"), 3, "label/soft has shape [1, 16]")
 
 
 # --- Anything -----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 from conftest import (
     CAT,
     Capture,
+    contents,
     environment,
     executable,
     run_cli,
@@ -26,15 +27,6 @@ LABEL_KEYS = {
     "schema", "input", "stage", "verdict", "reason", "method", "family", "batch_size", "samples",
     "residual", "noise", "alternatives", "device", "seconds",
 }  # fmt: skip
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    """Return every tensor of a bundle as bytes, and the metadata without what time it took."""
-    bundle = Bundle.open(path)
-    tensors = {n: bundle.unchecked(n).reshape(-1).view(torch.uint8).numpy() for n in bundle}
-    stages = [{**stage, "seconds": None} for stage in bundle.stages]
-    metadata = {**bundle.metadata, "stages": json.dumps(stages)}
-    return {n: t.tobytes() for n, t in tensors.items()} | {"": repr(sorted(metadata)).encode()}
 
 
 # --- Input and output ---------------------------------------------------------------------------

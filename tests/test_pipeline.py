@@ -10,7 +10,7 @@ from pathlib import Path
 import photographs
 import pytest
 import torch
-from conftest import CAT, Capture, metadata_of, run_cli, run_shell
+from conftest import CAT, Capture, contents, metadata_of, run_cli, run_shell
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -130,11 +130,9 @@ def test_mixup_and_smoothing_of_one_sample(capture: Capture, tmp_path: Path) -> 
     assert sample["classes"] == [5, 11]
     assert sample["weights"] == pytest.approx([0.56 + 0.2 / 17, 0.24 + 0.2 / 17], abs=1e-5)
     run_stages(path)
-    known = Truth.load(truth)
-    assert torch.equal(
-        (gradleak.Bundle.open(path).tensor("image/reconstructed") * 255).round(),
-        (known.images * 255).round(),
-    )
+    # Mixed pixels are no 8-bit values, and some lie half-way between two.
+    image = gradleak.Bundle.open(path).tensor("image/reconstructed")
+    assert float((image - Truth.load(truth).images).abs().max()) < 1e-4
 
 
 def test_gradient_matching_is_honest_about_its_answer(lenet: Path, tmp_path: Path) -> None:
@@ -296,9 +294,7 @@ def test_the_truth_beside_a_bundle_changes_nothing(
             assert capture("--smooth", "0.1", "--label", "3", *truth)
             path.with_name("cat.png").write_bytes(CAT.read_bytes())
         written[name] = run_stages(path, *options, code=4 if model == "lenet" else 0)
-    one, other = (
-        re.sub(rb'\\"seconds\\": [\d.e-]+', b"", x.read_bytes()) for x in written.values()
-    )
-    # The header is as long as its numbers, so only what follows it is compared from the start.
-    assert one[8:] == other[8:]
-    assert len(one) > 100_000
+    one, other = (contents(path) for path in written.values())
+    assert one.keys() == other.keys()
+    assert one == other
+    assert "image/reconstructed" in one

@@ -61,11 +61,6 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(lenet: Path, tmp_path: Pat
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_device_is_written_to_and_not_replaced(fcn: Path) -> None:
-    assert run_cli("recover-label", fcn, "-o", "/dev/null", "-q").code == 0
-    assert Path("/dev/null").is_char_device()
-
-
 def test_process_substitution_is_an_input(lenet: Path, tmp_path: Path) -> None:
     done = run_shell(f"gradleak inspect <(cat {lenet}) /dev/stdin --json <{lenet}", tmp_path)
     assert (done.code, done.err) == (0, "")
@@ -125,18 +120,19 @@ def test_ctrl_c_leaves_nothing_behind(lenet: Path, tmp_path: Path) -> None:
     assert [x for x in spool.rglob("*") if x.is_file()] == []  # torch makes empty folders there
 
 
-def test_ctrl_c_while_torch_is_imported(lenet: Path) -> None:
+def test_ctrl_c_while_torch_is_imported() -> None:
     process = subprocess.Popen(
         [executable(), "recover-label", "-"],
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment(),
     )
-    assert process.stdin is not None
-    # It has come as far as reading: the imports are under way or done, and the rest is not.
-    process.stdin.write(lenet.read_bytes()[:64])
-    process.stdin.flush()
-    time.sleep(0.8)
+    libraries = Path(f"/proc/{process.pid}/maps")
+    if not libraries.exists():
+        pytest.skip("this system does not show what a process has loaded")
+    while "libtorch" not in libraries.read_text():
+        assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, b"gradleak: interrupted\n")

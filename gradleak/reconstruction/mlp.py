@@ -57,6 +57,10 @@ def check_mlp(
         norms[name] = float(delta.norm() * x.norm())
         rounding[name] = _outer_difference(exact[layer.name], rounded[layer.name])
     size = _root_sum_square(norms)
+    if size == 0.0:
+        raise IncompleteError(
+            "the gradient of the finished image is exactly zero", "recover the features again"
+        )
     relative = _root_sum_square({n: per_tensor[n] * norms[n] for n in norms}) / size
     own = _root_sum_square(rounding) / size + precision(first.dtype)
     each = {n: rounding[n] / norms[n] + precision(first.dtype) for n in norms if norms[n] > 0}

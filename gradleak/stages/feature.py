@@ -101,9 +101,10 @@ def recover_feature(
 
     read = BundleLayers(bundle_with_weights, where)
     peeling = peel_linear_layers(layers, read, feature, delta, progress)
-    for peeled in peeling.layers:  # NaN or infinity in a gradient cannot but reach the feature
-        if not bool(torch.isfinite(peeled.feature).all()):
-            read.check(peeled.name)
+    # NaN or infinity in a gradient cannot but reach the feature, or end the peeling.
+    if peeling.stopped or not all(bool(p.feature.isfinite().all()) for p in peeling.layers):
+        for linear in layers:
+            read.check(linear.name)
     seconds = time.perf_counter() - start
     verdict, reason = _verdict(bundle, peeling, len(layers))
     record = StageRecord(

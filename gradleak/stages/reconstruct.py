@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from gradleak.bundle import BUFFER, FEATURE, GRAD, IMAGE, LABEL, PARAM, Bundle, StageRecord
 from gradleak.device import resolve_device
 from gradleak.errors import IncompleteError, InputError, UsageError
-from gradleak.head import with_weights
+from gradleak.head import parameter_name, with_weights
 from gradleak.models import registry
 from gradleak.models.build import build_model
 from gradleak.models.spec import ModelSpec
@@ -157,8 +158,19 @@ def _from_features(
         )
     image = image_of_feature(feature[0], shape, mean, std)
 
+    head = GRAD + parameter_name(spec.layers[-1].name, "weight")
+    if head in bundle and labels.shape[1] != bundle.info(head).shape[0]:
+        raise InputError(
+            f"{LABEL} has shape {list(labels.shape)} for a head of {bundle.info(head).shape[0]} "
+            "classes",
+            "run gradleak recover-label on this bundle",
+        )
     read = BundleLayers(bundle, device)
-    return image, check_mlp(spec.layers, read, image, labels[0], mean, std)
+    certificate = check_mlp(spec.layers, read, image, labels[0], mean, std)
+    if not math.isfinite(certificate.relative + certificate.precision):
+        for layer in spec.layers:  # a NaN or an infinity somewhere: name it
+            read.check(layer.name)
+    return image, certificate
 
 
 def _network(bundle: Bundle, model: nn.Module | str | None, device: torch.device) -> nn.Module:
