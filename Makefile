@@ -30,6 +30,12 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/label_time.py
+	$(BIN)/python benchmarks/fcn4.py
+	$(BIN)/python benchmarks/command_line.py
+	$(BIN)/python benchmarks/labels_single.py
+
 docs: $(VENV)/ready
 	$(BIN)/python docs/generate_cli.py
 

@@ -39,7 +39,7 @@ class LayerReader(Protocol):
 class PeeledLayer:
     """The input ``feature`` (in,) float64 of one Linear layer.
 
-    ``residual`` is ‖G − δ xᵀ‖ / ‖G‖ of that layer's own gradient: it needs no ground truth.
+    ``residual`` is ‖G − δ xᵀ‖ / ‖G‖ of that layer's own gradient, which needs nobody's answer.
     """
 
     name: str
@@ -87,7 +87,7 @@ def peel_linear_layers(
         below = rmatvec(gradient, delta) / square
         residual = outer_residual(gradient, delta, below)
         forward = _forward_error(layer, read, below, feature)
-        if forward > _CONSISTENT:
+        if not forward <= _CONSISTENT:
             why = f"its output, computed from its input, misses the layer above by {forward:.1%}"
             return Peeling(tuple(peeled), f"{layer.name}: {why}")
         feature = below

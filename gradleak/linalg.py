@@ -74,10 +74,13 @@ def outer_residual(matrix: Tensor, left: Tensor, right: Tensor) -> float:
     compared to.
     """
     wide = torch.promote_types(matrix.dtype, torch.float32)
-    left, right = left.to(wide), right.to(wide)
+    # In units of the product's own size, or the squares of a small gradient would underflow.
+    size = left.abs().amax() * right.abs().amax()
+    unit = torch.where(size > 0, size, torch.ones_like(size)).to(wide)
+    left, right = left.to(wide) / unit, right.to(wide)
     rest = total = torch.zeros((), dtype=torch.float64, device=matrix.device)
     for rows in row_blocks(matrix, _ONCE):
-        block = matrix[rows].to(wide)
+        block = matrix[rows].to(wide) / unit
         difference = torch.addr(block, left[rows], right, alpha=-1.0)
         rest = rest + _square(difference)
         total = total + _square(block)

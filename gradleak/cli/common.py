@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 import typer
 
-from gradleak.errors import GradleakError, InputError, UsageError
+from gradleak.errors import GradleakError, IncompleteError, InputError, UsageError
 
 if TYPE_CHECKING:
     from gradleak.bundle import Bundle
@@ -22,6 +22,22 @@ if TYPE_CHECKING:
 STDIO = "-"
 SCHEMA = 1
 INCOMPLETE = 4
+# Every JSON object has these keys, empty where a stage has nothing to say.
+_EVERY_KEY: dict[str, object] = {
+    "input": None,
+    "stage": None,
+    "verdict": None,
+    "reason": None,
+    "method": None,
+    "family": None,
+    "batch_size": None,
+    "samples": [],
+    "residual": None,
+    "noise": None,
+    "alternatives": [],
+    "device": None,
+    "seconds": None,
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +70,8 @@ class Console:
         self.codes.append(report.exit_code)
         stream = sys.stderr if STDIO in self.outputs else sys.stdout
         if self.json:
-            print(json.dumps(_finite({"schema": SCHEMA, **report.data})), file=stream, flush=True)
+            data = {"schema": SCHEMA, **_EVERY_KEY, **report.data}
+            print(json.dumps(_finite(data)), file=stream, flush=True)
         elif not self.quiet:
             _print_table(report, stream)
 
@@ -82,6 +99,7 @@ class Console:
             stream = sys.stderr if STDIO in self.outputs else sys.stdout
             data = {
                 "schema": SCHEMA,
+                **_EVERY_KEY,
                 "input": source,
                 "stage": stage,
                 "verdict": "failed",
@@ -190,13 +208,25 @@ def run_stage(
     """
     for source in inputs:
         try:
-            report, bundle = work(source, open_bundle(source))
+            given = open_bundle(source)
+            try:
+                report, bundle = work(source, given)
+            except IncompleteError:
+                _pass_on(given, stage, console.outputs)
+                raise
             write_bundle(bundle, console.outputs)
         except GradleakError as error:
             console.error(error, stage=stage, source=source, nothing=nothing)
             continue
         console.report(report)
     console.finish()
+
+
+def _pass_on(bundle: Bundle, stage: str, outputs: Sequence[str]) -> None:
+    """Write the bundle as it came, with the stage's failure on record: the pipe goes on."""
+    from gradleak.bundle import StageRecord
+
+    write_bundle(bundle.extended(record=StageRecord(stage, verdict="failed")), outputs)
 
 
 def exit_code_of(verdict: str) -> int:

@@ -121,6 +121,8 @@ def _report(source: str, outcome: LabelOutcome) -> Report:
         ("head", outcome.head),
         ("residual", number(result.residual)),
         ("noise", number(result.noise)),
+        ("rank", str(result.rank)),
+        ("column sums", f"{number(result.column_sums)} of the gradient's size (Theorem 1: 0)"),
         ("solved in", f"{1e3 * result.seconds:.1f} ms on {outcome.device}"),
     ]
     data: dict[str, object] = {
@@ -134,6 +136,8 @@ def _report(source: str, outcome: LabelOutcome) -> Report:
         "samples": [_sample(sample) for sample in result.samples],
         "residual": result.residual,
         "noise": result.noise,
+        "rank": result.rank,
+        "column_sums": result.column_sums,
         "alternatives": [_sample(sample) for sample in result.alternatives],
         "intervals": [[i.low, i.high] for i in result.intervals],
         "head": outcome.head,

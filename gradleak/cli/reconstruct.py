@@ -128,7 +128,8 @@ def command(
         float | None,
         typer.Option(
             min=0.0,
-            help="Weight of the recovered feature when matching, from 0. Default: 0.1.",
+            help="Weight of the recovered feature when matching, from 0. Default: 0.1 for "
+            "adam, 0 for lbfgs.",
             show_default=False,
             rich_help_panel=ATTACK,
         ),

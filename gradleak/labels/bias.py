@@ -7,8 +7,8 @@ from torch import Tensor
 from gradleak.errors import InputError
 from gradleak.labels.factorise import RankOne
 
-# The part of the bias gradient that may lie outside the weight gradient's column space.
-_FOREIGN = 1e-2
+# Roundings by which the bias gradient may lie outside the weight gradient's column space.
+_FOREIGN = 256.0
 
 
 def scale_from_bias(leading: RankOne, grad_bias: Tensor, noise: float = 0.0) -> Tensor:
@@ -20,8 +20,8 @@ def scale_from_bias(leading: RankOne, grad_bias: Tensor, noise: float = 0.0) -> 
     delta = grad_bias.double()
     square = delta.square().sum()
     along = leading.u[0] @ delta
-    foreign = (square - along.square()).clamp(min=0.0)
-    allowed = _FOREIGN * float(square) + 4.0 * len(delta) * noise**2
+    foreign = (delta - along * leading.u[0]).square().sum()
+    allowed = (_FOREIGN * leading.unit) ** 2 * float(square) + 4.0 * len(delta) * noise**2
     if not float(square) > 0.0 or float(foreign) > allowed:
         raise InputError(
             "the bias gradient and the weight gradient of the head do not belong together",

@@ -22,7 +22,7 @@ from gradleak.labels.verdict import Interval, SampleLabel, Verdict
 from gradleak.softlabels import ARBITRARY, family_name
 
 # A fit may exceed the noise model by this factor (in standard deviations) before it is no fit.
-_ACCEPTABLE = 30.0
+_ACCEPTABLE = 5.0
 # Two explanations whose log evidence differs by less than this are both on the table.
 _DECISIVE = 3.0
 # Labels closer than this, or than their own uncertainty, are the same answer.
@@ -141,7 +141,16 @@ def _decide_one(
         if plausible and (apart > same or rival.uncertainty() * _SIGMAS > _DETERMINED):
             rivals.append(rival)
     loose = [s for s in (answer, *rivals) if s.uncertainty() * _SIGMAS > _DETERMINED]
-    if loose and not (problem.noise[index] > 0):
+    noisy = float(problem.noise[index]) > 0.0
+    if loose and noisy:
+        return Decision(
+            "ambiguous",
+            f"the noise leaves the label open by ± {answer.uncertainty():.2g} (one standard error)",
+            answer,
+            label,
+            tuple(rivals),
+        )
+    if loose:
         return Decision(
             "unidentifiable",
             "the softmax is saturated: at this precision the gradient fits a whole interval of "
@@ -216,7 +225,8 @@ def _closed_form(one: ScaleProblem, fits: Fits) -> Decision:
     label = label / label.sum()
     return Decision(
         "unique",
-        "the bias gradient gives the label in closed form; it belongs to no family",
+        "the bias gradient gives the label in closed form; it belongs to no family, and is right "
+        "only if the loss was not scaled",
         _arbitrary(label, error, float(fits.scale[0]), 0.0),
         label,
     )

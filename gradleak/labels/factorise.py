@@ -52,7 +52,7 @@ def leading_triple(gradient: Tensor) -> RankOne:
     row; only if a residual remains do further sweeps follow. A zero gradient gives σ = 0 and a
     residual of 0.
     """
-    largest = torch.linalg.vector_norm(gradient, dim=2).argmax(1)
+    largest = gradient.abs().amax(2).argmax(1)  # not by a norm, whose squares could underflow
     v = gradient[torch.arange(len(gradient), device=gradient.device), largest].double()
     v = _sweep(gradient, v / _nonzero(torch.linalg.vector_norm(v, dim=1, keepdim=True)))
     unit = effective_precision(gradient)

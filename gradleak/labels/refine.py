@@ -150,7 +150,8 @@ def describe(
     choice = _Choice.of(table, family, scale.dtype)
     now = _residual(problem, scale, choice, weighted=True)
     point, top = now.point, now.top
-    log_error = torch.zeros_like(scale) if scale_known else now.curvature.rsqrt()
+    known = torch.full_like(scale, problem.unit)
+    log_error = known if scale_known else now.curvature.rsqrt()
     variance = problem.variance(point)
     weights = point.y.gather(-1, top)
     sharpness = variance.gather(-1, top).sqrt()
@@ -219,8 +220,9 @@ def log_evidence(
 
 def _log_choices(classes: int, support: Tensor) -> Tensor:
     """Return log of the number of supports of each size (M,) among ``classes``."""
-    c, k = torch.tensor(classes + 1.0, dtype=torch.float64), support + 1.0
-    return torch.lgamma(c.to(k)) - torch.lgamma(k) - torch.lgamma(c.to(k) - support)
+    k = support.double() + 1.0
+    c = torch.full_like(k, classes + 1.0)
+    return torch.lgamma(c) - torch.lgamma(k) - torch.lgamma(c - support)
 
 
 def _descend(

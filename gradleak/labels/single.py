@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from gradleak.softlabels import FAMILIES, Family
 # Column sums that rounding explains: relative to the gradient, and in roundings of p times the
 # largest plausible mean feature, since a confident δ is no larger than the rounding of p itself.
 _COLUMN_SUMS, _ROUNDINGS, _LARGEST_FEATURE = 1e-3, 16.0, 100.0
+# Roundings by which the solved delta itself may fail to sum to zero.
+_DELTA_SUM = 64.0
 
 
 @torch.no_grad()
@@ -47,10 +50,15 @@ def recover_single(
     leading = leading_triple(grad_weight[None])
     if float(leading.sigma) == 0.0:
         return LabelResult(
-            "unidentifiable", "the gradient is exactly zero and determines nothing", "none", None, 0
+            "unidentifiable",
+            "the gradient is exactly zero and determines nothing",
+            "none",
+            None,
+            0,
+            rank=0,
         )
     rank = rank_of(grad_weight[None], leading)
-    check_column_sums(grad_weight, leading, rank)
+    column_sums = check_column_sums(grad_weight, leading, rank)
     if rank.rank == 0:
         return LabelResult(
             "failed",
@@ -58,7 +66,9 @@ def recover_single(
             "none",
             None,
             0,
+            rank=0,
             noise=rank.noise,
+            column_sums=column_sums,
         )
     if rank.rank != 1:
         most = min(classes - 1, width)
@@ -84,7 +94,8 @@ def recover_single(
     else:
         fits = refine(problem, find_candidates(problem, table), table)
     decision = decide(problem, fits, table, scale_known=closed)[0]
-    return _result(decision, problem, leading, rank.noise, "bias" if closed else "scale")
+    result = _result(decision, problem, leading, rank, "bias" if closed else "scale")
+    return replace(result, column_sums=column_sums)
 
 
 def scale_problem(
@@ -105,8 +116,10 @@ def scale_problem(
     )
 
 
-def check_column_sums(grad_weight: Tensor, leading: RankOne, rank: Rank) -> None:
+def check_column_sums(grad_weight: Tensor, leading: RankOne, rank: Rank) -> float:
     """Raise :class:`InputError` unless every column of ``(C, D)`` sums to zero over the classes.
+
+    Returns Σ_j |Σ_c G_cj| / Σ |G|, which Theorem 1 of arXiv 2402.03124 says is zero.
 
     A gradient of rank one is σ u vᵀ and its columns sum to σ (Σ u) v: no second look at it.
     """
@@ -122,15 +135,21 @@ def check_column_sums(grad_weight: Tensor, leading: RankOne, rank: Rank) -> None
     if rank.noisy:
         allowed += 4.0 * rank.noise * math.sqrt(classes) * width
     if total > allowed:
-        raise InputError(
-            f"the columns of the head gradient sum to {total / size:.2g} of its size over the "
-            "classes instead of zero, so it is not a softmax cross-entropy gradient",
-            "check the loss and the head (--head NAME)",
-        )
+        raise not_softmax(total / size)
+    return total / size if size > 0.0 else 0.0
+
+
+def not_softmax(share: float) -> InputError:
+    """Return the error for columns that sum to ``share`` of their size over the classes."""
+    return InputError(
+        f"the columns of the head gradient sum to {share:.2g} of its size over the classes instead "
+        "of zero, so it is not a softmax cross-entropy gradient",
+        "check the loss and the head (--head NAME)",
+    )
 
 
 def _result(
-    decision: Decision, problem: ScaleProblem, leading: RankOne, noise: float, method: str
+    decision: Decision, problem: ScaleProblem, leading: RankOne, rank: Rank, method: str
 ) -> LabelResult:
     """Assemble the answer, with the residual of the head gradient re-simulated from it."""
     answer, label = decision.answer, decision.label
@@ -141,7 +160,10 @@ def _result(
         # ‖G − δ xᵀ‖² splits along v: what the label misses of σ u, and what rank one misses of G.
         along = (problem.sigma[0] * problem.u[0] - answer.scale * delta).norm() / problem.sigma[0]
         residual = math.hypot(float(along), float(leading.residual[0]))
-        labels = label[None]
+        labels = label[None].cpu()
+        excess = float(delta.sum().abs())
+        if not rank.noisy and excess > _DELTA_SUM * leading.unit:
+            raise not_softmax(excess / float(delta.abs().sum()))
         features = answer.scale * leading.v
     return LabelResult(
         verdict=decision.verdict,
@@ -153,7 +175,8 @@ def _result(
         labels=labels,
         features=features,
         residual=residual,
-        noise=noise,
+        rank=rank.rank,
+        noise=rank.noise,
         alternatives=decision.alternatives,
         intervals=decision.intervals,
     )

@@ -49,7 +49,9 @@ class LabelResult:
     ``labels`` is (N, C) float64 and ``features`` (N, D) float64: the best answer, also when the
     verdict is not ``unique``; both are None when there is none. ``residual`` is the relative
     residual of the re-simulated head gradient, ``noise`` the estimated standard deviation of the
-    noise on one gradient entry. ``intervals`` bound the scale where it is not determined.
+    noise on one gradient entry; ``rank`` that of the head gradient, which is the number of samples;
+    ``column_sums`` how far its columns are, relative, from summing to zero. ``intervals`` bound the
+    scale where it is not determined.
     """
 
     verdict: Verdict
@@ -62,6 +64,8 @@ class LabelResult:
     features: Tensor | None = None
     residual: float | None = None
     noise: float | None = None
+    rank: int | None = None
+    column_sums: float | None = None
     alternatives: tuple[SampleLabel, ...] = ()
     intervals: tuple[Interval, ...] = ()
     seconds: float = field(default=0.0, compare=False)

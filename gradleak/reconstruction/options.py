@@ -119,7 +119,13 @@ def _is_piecewise_linear(model: nn.Module, shape: tuple[int, int, int]) -> bool:
     draw = torch.randn((2, 1, *shape), generator=generator).to(parameter)
     x = draw[0].requires_grad_()
     with torch.enable_grad():
-        logits = model(x)
+        try:
+            logits = model(x)
+        except (RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"the network refused images of shape {list(shape)} ({str(error).splitlines()[0]})",
+                "correct input_shape in the metadata",
+            ) from error
         weights = torch.linspace(-1, 1, logits.numel()).to(logits)
         (slope,) = torch.autograd.grad(
             (logits.flatten() * weights).sum(), x, create_graph=True, materialize_grads=True

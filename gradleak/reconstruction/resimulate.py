@@ -81,7 +81,7 @@ def check_reconstruction(
 ) -> GradientResidual:
     """Re-simulate the gradient of ``images`` (N, C, H, W) in [0, 1] and compare it.
 
-    No ground truth is needed: the given gradient is what the true image produced, so an image
+    The original is not needed: the given gradient is what the true image produced, so an image
     that was not found is betrayed by a gradient of its own. The network runs in float64 and in
     the gradients' dtype, and the nearer gradient counts: ties at a kink fall as they fell at
     capture only in the same arithmetic. ``exact`` holds when the residual is at most four times
@@ -102,7 +102,7 @@ def check_reconstruction(
     device = next(iter(gradients.values())).device
     images, labels = images.detach().to(device), labels.detach().to(device)
     exact_model = copy.deepcopy(model).to(device, torch.float64).eval()
-    truth = _simulate(exact_model, images.double(), labels, gradients, mean, std)
+    simulated = _simulate(exact_model, images.double(), labels, gradients, mean, std)
     given = {name: gradient.detach().double() for name, gradient in gradients.items()}
 
     # The coarsest dtype decides; float64 cannot show its own rounding, so float32 stands in.
@@ -112,15 +112,15 @@ def check_reconstruction(
     rounded = _simulate(rounding_model, images.to(tried), labels, gradients, mean, std)
     eps = torch.finfo(dtype).eps
     finer = eps / torch.finfo(tried).eps
-    nearest = min((truth, rounded), key=lambda found: _relative(found, given))
+    nearest = min((simulated, rounded), key=lambda found: _relative(found, given))
     negligible = _NEGLIGIBLE * eps * _size(given)
     return judge_residual(
         _relative(nearest, given),
         {name: _relative(_only(nearest, name), _only(given, name)) for name in given},
-        _relative(rounded, truth) * finer,
+        _relative(rounded, simulated) * finer,
         dtype,
         each={
-            name: _relative(_only(rounded, name), _only(truth, name)) * finer
+            name: _relative(_only(rounded, name), _only(simulated, name)) * finer
             for name in given
             if _size({name: nearest[name] - given[name]}) > negligible
         },

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -119,7 +120,7 @@ def reconstruct(
     )
     record = StageRecord(
         "reconstruct",
-        {"method": chosen},
+        {"method": chosen, "matching": None if match is None else asdict(match.options)},
         seed=seed,
         device=str(where),
         seconds=seconds,
@@ -177,7 +178,7 @@ def _network(bundle: Bundle, model: nn.Module | str | None, device: torch.device
     """Build or take the network and give it the bundle's parameters and buffers."""
     spec = bundle.model
     if isinstance(model, nn.Module):
-        network = model
+        network = copy.deepcopy(model)  # the caller's stays as it is
     else:
         name = model or spec.name
         if name is None:

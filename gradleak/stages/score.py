@@ -66,7 +66,8 @@ def score(
             f"--against compares one image, and the bundle holds {count}",
             "run gradleak reconstruct first, or use --truth for a batch",
         )
-    loaded = load_image(against, images.shape[-1])
+    height, width = images.shape[-2:]
+    loaded = load_image(against, width if height == width else None)
     compared = image_score(images, loaded.pixels[None])
     return Score(
         labels=found.labels if found else None,
