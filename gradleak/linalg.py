@@ -11,7 +11,7 @@ from torch import Tensor
 # that is looked at once, large enough to be shared out to the cores.
 _BLOCK, _ONCE = 1 << 18, 1 << 20
 _RUN = 64
-_SAMPLE = 4096
+_SAMPLE = 256
 
 
 def precision(dtype: torch.dtype) -> float:

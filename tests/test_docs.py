@@ -102,9 +102,14 @@ def run_line(line: str, code: int, folder: Path) -> str:
 
 
 def without_numbers(line: str) -> str:
-    """Return ``line`` with every number as #, the device as cpu, and single spaces."""
+    """Return ``line`` with measured numbers as #, the device as cpu, and single spaces.
+
+    Whole numbers stay, but for times: classes, widths and counts of differing values are facts.
+    """
     line = re.sub(r"\bcuda(:\d+)?\b", "cpu", line)
-    line = re.sub(r"(?<![\w.])[-+]?(\d[\d.]*(e[-+]?\d+)?|inf|nan|—)(?![A-Za-z])", "#", line)
+    measured = r"(?<![\w.])[-+]?(\d+\.\d*(e[-+]?\d+)?|\d+e[-+]?\d+|inf|nan|—)(?![A-Za-z])"
+    line = re.sub(measured, "#", line)
+    line = re.sub(r"(± |solved in +|PSNR |8 bit )[-+]?\d+", r"\1#", line)
     return " ".join(line.split())
 
 

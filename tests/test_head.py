@@ -110,9 +110,9 @@ def assert_smooth_label_3(found: dict[str, object], classes: int) -> None:
     assert found["verdict"] == "unique"
     (sample,) = found["samples"]  # type: ignore[misc]
     assert sample["classes"][0] == 3
-    assert sample["weights"][0] == pytest.approx(0.9 + 0.1 / classes, abs=1e-4)
+    assert sample["weights"][0] == pytest.approx(0.9 + 0.1 / classes, abs=1e-5)
     others = sample["weights"][1:] or [sample["base"]]
-    assert others == pytest.approx([0.1 / classes] * len(others), abs=1e-4)
+    assert others == pytest.approx([0.1 / classes] * len(others), abs=1e-5)
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
@@ -149,7 +149,7 @@ def test_a_head_without_bias_is_a_complete_input(
     known = Truth.load(truth)
     found = Bundle.open(path)
     assert torch.allclose(found.tensor("label/soft"), known.labels, atol=1e-5)
-    assert torch.allclose(found.tensor("feature/fc"), known.features["fc"].double(), rtol=1e-4)
+    assert torch.allclose(found.tensor("feature/fc"), known.features["fc"].double(), rtol=1e-5)
 
 
 def test_features_of_a_head_written_by_hand(head_tensors: Tensors, save: Save) -> None:

@@ -88,7 +88,7 @@ def check(captured: Capture, family: str, bias: str) -> None:
     assert result.residual <= EXACT
     assert result.features is not None
     feature = truth.features[outcome.head].double()
-    assert float((result.features - feature).norm() / feature.norm()) <= 1e-4
+    assert float((result.features - feature).norm() / feature.norm()) <= 1e-5
 
 
 @pytest.mark.parametrize("bias", BIASES)

@@ -115,7 +115,7 @@ def test_help_shows_an_example_that_runs(
         options = ("--smooth", "0.1", "--label", "3", "--truth", tmp_path / "truth.safetensors")
         assert make(*options)
     done = run_cli(*shlex.split(example)[1:], cwd=tmp_path)
-    assert (done.code, module is reconstruct) in ((0, False), (0, True), (4, True)), done.err
+    assert done.code == 0, done.err
 
 
 @pytest.mark.parametrize("command", ["--help", "--version", "inspect", "completion"])

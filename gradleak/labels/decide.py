@@ -125,7 +125,8 @@ def _decide_one(
     scale_known: bool,
 ) -> Decision:
     classes = problem.classes
-    order = [int(i) for i in evidence.argsort(descending=True) if evidence[i] > -math.inf]
+    weight = evidence.tolist()
+    order = sorted((m for m, w in enumerate(weight) if w > -math.inf), key=lambda m: -weight[m])
     if not order:
         return _without_family(problem, fits, table, index, scale_known)
     spread = math.sqrt(inflation)
@@ -134,11 +135,12 @@ def _decide_one(
     label = dense_label(answer, classes)
     rivals = []
     for other in order[1:]:
+        if weight[best] - weight[other] >= _DECISIVE:
+            break
         rival = _sample(fits, other, table, spread, classes)
         apart = float((dense_label(rival, classes) - label).abs().max())
         same = _SAME_LABEL + _SIGMAS * math.hypot(answer.uncertainty(), rival.uncertainty())
-        plausible = float(evidence[best] - evidence[other]) < _DECISIVE
-        if plausible and (apart > same or rival.uncertainty() * _SIGMAS > _DETERMINED):
+        if apart > same or rival.uncertainty() * _SIGMAS > _DETERMINED:
             rivals.append(rival)
     loose = [s for s in (answer, *rivals) if s.uncertainty() * _SIGMAS > _DETERMINED]
     noisy = float(problem.noise[index]) > 0.0

@@ -211,9 +211,10 @@ def log_evidence(
     order = torch.arange(fits.top.shape[-1], device=support.device)
     mixture = (order > 0) & (order < support[:, None])
     volume = volume + torch.where(free, base, 0.0)
-    # Without noise a fit of the wrong classes is no fit; under noise the best of many may be one.
-    noisy = (problem.noise > 0).to(volume.dtype)[:, None]
-    volume = volume - noisy * _log_choices(problem.classes, support)
+    if problem.noisy:
+        # Without noise a fit of the wrong classes is no fit; under it the best of many may be one.
+        noisy = (problem.noise > 0).to(volume.dtype)[:, None]
+        volume = volume - noisy * _log_choices(problem.classes, support)
     volume = volume + torch.where(mixture, weights, 0.0).sum(-1)
     return volume - 0.5 * fits.chi2 / inflation[:, None]
 
