@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gradleak
-from gradleak.images import load_image, normalise, save_png
+from gradleak.images import load_image, save_png
+from gradleak.normalisation import normalise
 
 CAT = Path(__file__).with_name("cat.png")
 SIZE, CLASSES = 48, 20

@@ -15,16 +15,8 @@ from PIL import Image
 from skimage.transform import resize
 
 from gradleak.errors import InputError, UsageError
-from gradleak.images import (
-    MAX_PIXELS,
-    contact_sheet,
-    denormalise,
-    load_image,
-    normalise,
-    save_png,
-    save_sheet,
-    to_uint8,
-)
+from gradleak.images import MAX_PIXELS, contact_sheet, load_image, save_png, save_sheet, to_uint8
+from gradleak.normalisation import denormalise, normalise
 
 DATA = Path(skimage.__file__).parent / "data"
 EXAMPLES = Path(__file__).parents[1] / "examples"

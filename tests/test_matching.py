@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.errors import IncompleteError, InputError, UsageError
-from gradleak.images import load_image, normalise
+from gradleak.images import load_image
 from gradleak.models.build import build_model
+from gradleak.normalisation import normalise
 from gradleak.reconstruction.matching import MatchResult, match_gradients
 from gradleak.reconstruction.options import MatchOptions, default_options
 from gradleak.reconstruction.resimulate import check_reconstruction, gradients_of

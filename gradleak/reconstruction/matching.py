@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.errors import IncompleteError
-from gradleak.images import denormalise
+from gradleak.normalisation import denormalise
 from gradleak.reconstruction.objectives import MatchingObjective
 from gradleak.reconstruction.options import MatchOptions, default_options
 

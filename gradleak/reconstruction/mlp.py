@@ -16,9 +16,9 @@ from torch import Tensor
 from gradleak.activations import activation
 from gradleak.errors import IncompleteError
 from gradleak.features import LayerReader
-from gradleak.images import denormalise, normalise
 from gradleak.linalg import matvec, outer_residual, precision, rmatvec
 from gradleak.models.spec import LinearLayer
+from gradleak.normalisation import denormalise, normalise
 from gradleak.reconstruction.resimulate import GradientResidual, judge_residual
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradleak.errors import InputError, UsageError
-from gradleak.images import normalise
+from gradleak.normalisation import normalise
 
 # Added for leaving the box; too small to bend the valley, enough to bring a pixel back into it.
 BOX_WEIGHT = 1e-3

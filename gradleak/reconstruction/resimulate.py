@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.errors import InputError
-from gradleak.images import normalise
+from gradleak.normalisation import normalise
 from gradleak.reconstruction.objectives import require_matching_tensors, soft_cross_entropy
 
 # How many times its own rounding a residual may be and still count as rounding: the gradient may

@@ -15,9 +15,9 @@ from gradleak.bundle import BUFFER, GRAD, PARAM, Bundle, StageRecord
 from gradleak.device import resolve_device
 from gradleak.errors import InputError, UsageError
 from gradleak.head import parameter_name
-from gradleak.images import normalise
 from gradleak.models.build import describe
 from gradleak.models.spec import ModelSpec
+from gradleak.normalisation import normalise
 from gradleak.softlabels import soft_label
 from gradleak.truth import Truth
 
