@@ -375,3 +375,31 @@ def test_the_truth_beside_the_bundle_changes_nothing(
     assert torch.equal(alone.labels, beside.labels)
     assert alone.samples == beside.samples
     assert (alone.verdict, alone.reason) == (beside.verdict, beside.reason)
+
+
+@pytest.mark.parametrize("noise", [1e-4, 1e-3])
+def test_a_label_under_noise_lies_within_what_is_stated(noise: float) -> None:
+    wrong = []
+    for seed in range(30):
+        sample, dice = head(10, seed), torch.Generator().manual_seed(seed)
+        label = soft_label([(seed % 10, 0.7), ((seed + 3) % 10, 0.3)], 10, 0.2 * (seed % 2))
+        gradient, _ = sample.share(label[None])
+        gradient = gradient + noise * torch.randn(gradient.shape, generator=dice)
+        result = recover_single(gradient, sample.weight, bias=sample.bias)
+        assert result.noise == pytest.approx(noise, rel=0.1)
+        assert result.labels is not None
+        error = float((result.labels[0] - label).abs().max())
+        if result.verdict == "unique" and error > EXACT + 6.0 * result.samples[0].uncertainty():
+            wrong.append((seed, result.family, error))
+    assert wrong == []
+
+
+def test_a_float64_gradient_of_many_classes_is_not_taken_for_another_loss() -> None:
+    sample = head(1000)
+    exact = Head(sample.feature.double(), sample.weight.double(), sample.bias.double())
+    label = soft_label([(7, 1.0)], 1000, 0.3)
+    gradient, _ = exact.share(label[None])
+    result = recover_single(gradient, exact.weight, bias=exact.bias)
+    assert result.verdict == "unique"
+    assert result.labels is not None
+    assert float((result.labels[0] - label).abs().max()) < 1e-10

@@ -294,4 +294,5 @@ def _single(problem: ScaleProblem, index: int) -> ScaleProblem:
         sigma=problem.sigma[part],
         noise=problem.noise[part],
         unit=problem.unit,
+        weight_norms=problem.weight_norms[part],
     )

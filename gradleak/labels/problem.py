@@ -30,7 +30,8 @@ class ScaleProblem:
 
     ``a``, ``b``, ``u`` are (B, C) float64 (logit direction, head bias, left singular vector),
     ``sigma`` (B,), ``noise`` (B,) the standard deviation of additive noise on one gradient entry
-    (0 for a noiseless gradient), ``unit`` the roundoff of the gradient's dtype.
+    (0 for a noiseless gradient), ``unit`` the roundoff of the gradient's dtype, ``weight_norms``
+    (B, C) the norms of the head's rows from their mean, which matter under noise alone.
     """
 
     a: Tensor
@@ -39,6 +40,7 @@ class ScaleProblem:
     sigma: Tensor
     noise: Tensor
     unit: float
+    weight_norms: Tensor
 
     @property
     def classes(self) -> int:
@@ -90,7 +92,12 @@ class ScaleProblem:
         rounding = (relative * (point.p + point.delta.abs() + _UNDERFLOW)).square()
         if not self.noisy:
             return rounding
-        return rounding + (self.noise[:, None] / point.scale).square()[..., None]
+        # Noise reaches y through u, alike for every class, and through v, which turns the logits.
+        direct = (self.noise[:, None] / point.scale).square()[..., None]
+        turned = (self.noise / self.sigma)[:, None] * point.scale
+        return (
+            rounding + direct + (turned[..., None] * point.p * self.weight_norms[:, None]).square()
+        )
 
     def rounding(self, point: Point) -> Tensor:
         """Return (B, M) the relative rounding error expected of a probability.

@@ -23,8 +23,8 @@ from gradleak.softlabels import FAMILIES, Family
 # Column sums that rounding explains: relative to the gradient, and in roundings of p times the
 # largest plausible mean feature, since a confident δ is no larger than the rounding of p itself.
 _COLUMN_SUMS, _ROUNDINGS, _LARGEST_FEATURE = 1e-3, 16.0, 100.0
-# Roundings by which the solved delta itself may fail to sum to zero.
-_DELTA_SUM = 64.0
+# Roundings by which the solved delta itself may fail to sum to zero: some, and some per class.
+_DELTA_SUM, _DELTA_SUM_EACH = 64.0, 1.0
 
 
 def recover_single(
@@ -123,6 +123,10 @@ def scale_problem(
     ``weight`` is (C, D), ``bias`` (C,) or None, ``noise`` the std of additive noise on one entry.
     Weights of a lower precision than the gradient's limit what can be compared.
     """
+    norms = torch.zeros_like(leading.u)
+    if noise > 0.0:
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        norms = torch.linalg.vector_norm(wide - wide.mean(0), dim=1).double()[None]
     return ScaleProblem(
         a=matvec(weight[None], leading.v),
         b=torch.zeros_like(leading.u) if bias is None else bias.double()[None],
@@ -130,6 +134,7 @@ def scale_problem(
         sigma=leading.sigma,
         noise=torch.full_like(leading.sigma, noise),
         unit=max(leading.unit, precision(weight.dtype)),
+        weight_norms=norms,
     )
 
 
@@ -179,7 +184,8 @@ def _result(
         residual = math.hypot(float(along), float(leading.residual[0]))
         labels = label[None].cpu()
         excess = float(delta.sum().abs())
-        if not rank.noisy and excess > _DELTA_SUM * leading.unit:
+        roundings = _DELTA_SUM + _DELTA_SUM_EACH * problem.classes
+        if not rank.noisy and excess > roundings * leading.unit:
             raise not_softmax(excess / float(delta.abs().sum()))
         features = answer.scale * leading.v
     return LabelResult(
