@@ -90,7 +90,10 @@ def until(terminal: int, text: bytes) -> bytes:
     return shown
 
 
-def test_ctrl_c_leaves_nothing_behind(lenet: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_end_from_outside_leaves_nothing_behind(
+    number: signal.Signals, code: int, lenet: Path, tmp_path: Path
+) -> None:
     path, spool = tmp_path / "b.safetensors", tmp_path / "spool"
     spool.mkdir()
     assert run_cli("recover-label", lenet, "-o", path, "-q").code == 0
@@ -109,11 +112,11 @@ def test_ctrl_c_leaves_nothing_behind(lenet: Path, tmp_path: Path) -> None:
     process.stdin.write(before)
     process.stdin.close()
     assert b"gradient matching" in until(terminal, b"gradient matching")  # the progress bar
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     shown = until(terminal, b"interrupted").decode()
-    assert process.wait(30) == 130
+    assert process.wait(30) == code
     os.close(terminal)
-    assert "gradleak: interrupted" in shown
+    assert ("gradleak: interrupted" in shown) is (number is signal.SIGINT)
     assert "Traceback" not in shown
     assert path.read_bytes() == before
     assert sorted(x.name for x in tmp_path.iterdir()) == ["b.safetensors", "spool"]

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -68,6 +69,8 @@ def main() -> None:
     # and two stages that spin against each other turn milliseconds into seconds.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _prepare_streams()
+    # Like an exception, so that half-written files are removed on the way out.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(_run())
 
 
