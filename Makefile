@@ -34,6 +34,7 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/label_time.py
 	$(BIN)/python benchmarks/fcn4.py
 	$(BIN)/python benchmarks/command_line.py
+	$(BIN)/python benchmarks/matching.py
 	$(BIN)/python benchmarks/labels_single.py
 
 docs: $(VENV)/ready

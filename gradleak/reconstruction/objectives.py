@@ -31,8 +31,6 @@ def l2_distance(found: Sequence[Tensor], given: Sequence[Tensor]) -> Tensor:
 
     Dividing each tensor's term by its norm stands midway between plain L2, which the head's
     large gradient rules, and equal weights, which follow the vanishing first layers too early.
-    Measured on a sigmoid LeNet: 44 dB against 28 and 47 dB after the same time with torch's
-    default initialisation, 48, 47 and 43 dB with U(-0.5, 0.5).
     """
     norms = _norms(given)
     weights = norms.clamp_min(norms[norms > 0].min()).reciprocal()

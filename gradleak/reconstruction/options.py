@@ -27,14 +27,8 @@ class MatchOptions:
     ``tv`` and ``feature_weight`` are the weights of total variation and of the feature term.
     Raises ``UsageError`` for a value out of bounds.
 
-    Measured on photographs with float32 gradients and the exact label, one CPU core: a sigmoid
-    LeNet at 32×32 with l2 + lbfgs converges at 116 dB in 7–12 s with torch's default
-    initialisation (cosine + adam: 19 dB in 20 s), and with U(-0.5, 0.5) reaches 125 dB (cat) and
-    48 dB (flower) in 50 s. Untrained ResNet-18 with cosine + adam, one minute: 19.5 dB at 32×32,
-    17.6 dB at 64×64, 20.6 dB with the CIFAR stem (cat); a flower stays at 12–13 dB; l2 + lbfgs
-    gives 15–17 dB there. After 250 steps tv 0.01, 0.03 and 0.1 give 20.0, 20.3, 19.6 dB (cat) and
-    13.3, 12.4, 12.4 dB (flower). A feature weight of 0.1 changes little (19.3 for 19.5, 17.7 for
-    17.4, 19.4 for 19.2 dB), one of 1 costs 2 to 3 dB.
+    The defaults are those that did best on photographs; ``benchmarks/matching.py`` measures them
+    (docs/results/matching.md). More total variation flattens, and a heavier feature term distracts.
     """
 
     distance: Literal["cosine", "l2"] = "cosine"
@@ -102,7 +96,7 @@ def default_options(model: nn.Module, shape: tuple[int, int, int]) -> MatchOptio
     line, and the kinks of its gradient defeat the quasi-Newton line search (see
     ``MatchOptions``). The curvature is measured, not read off module names; ``shape`` is
     (C, H, W). On a smooth network neither prior is used: the feature came from the same gradient,
-    and its error of 1e-6 costs a LeNet 3 dB of 116.
+    and its rounding would become the image's.
     """
     return _DEFAULTS["adam" if _is_piecewise_linear(model, shape) else "lbfgs"]
 
