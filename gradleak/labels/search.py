@@ -18,7 +18,7 @@ from gradleak.labels.problem import FamilyTable, ScaleProblem, largest_first
 # Steps of the grid in the dimensionless scale s·range(a): logarithmic while the logits are small,
 # linear while the softmax turns, logarithmic again once it saturates.
 _LOG_STEP, _LINEAR_STEP = 0.1, 0.4
-_SATURATED, _END = 60.0, 1e5
+_SATURATED, _FAR, _END = 60.0, 1200.0, 1e5
 _SATURATED_STEP = 0.02
 _KEEP = 3
 _RUN = 1 << 17
@@ -46,13 +46,10 @@ def scale_grid(problem: ScaleProblem) -> Tensor:
             linear + torch.log(first / _SATURATED) / ratio,
         ),
     )
-    coarse = linear + math.log(20.0) / ratio
-    steps = torch.where(
-        steps < coarse, steps, coarse + torch.log(first / (20.0 * _SATURATED)) / _LOG_STEP
-    )
     # Far beyond saturation only the ratio of δ to p matters, and a coarser step serves.
-    fast = math.log(_END / (20.0 * _SATURATED)) / _LOG_STEP
-    last = linear + math.log(20.0) / ratio
+    last = linear + math.log(_FAR / _SATURATED) / ratio
+    steps = torch.where(steps < last, steps, last + torch.log(first / _FAR) / _LOG_STEP)
+    fast = math.log(_END / _FAR) / _LOG_STEP
     count = int((last + fast - steps).amax().ceil()) + 1
     n = steps[:, None] + torch.arange(count, device=steps.device, dtype=torch.float64)
     grid = torch.where(
@@ -64,7 +61,7 @@ def scale_grid(problem: ScaleProblem) -> Tensor:
             torch.where(
                 n < last,
                 _SATURATED * torch.exp(ratio * (n.clamp(max=last) - linear)),
-                20.0 * _SATURATED * torch.exp(_LOG_STEP * (n - last).clamp(max=fast)),
+                _FAR * torch.exp(_LOG_STEP * (n - last).clamp(max=fast)),
             ),
         ),
     )

@@ -97,7 +97,9 @@ def _recover(
             "none",
             None,
             rank.rank,
+            rank=rank.rank,
             noise=rank.noise,
+            column_sums=column_sums,
         )
     # Under noise the ratio of two noisy gradients is biased; the search is not.
     closed = grad_bias is not None and (method == "bias" or (method == "auto" and not rank.noisy))
