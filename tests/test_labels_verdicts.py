@@ -296,6 +296,8 @@ def test_a_batch_is_counted_and_not_taken_for_one_sample(count: int, with_bias: 
     given = grad_bias if with_bias else None
     result = recover_single(grad_weight, sample.weight, bias=sample.bias, grad_bias=given)
     assert (result.verdict, result.batch_size, result.labels) == ("failed", count, None)
+    assert result.rank == count
+    assert result.column_sums is not None
 
 
 @pytest.mark.parametrize("arrangement", ["given", "withheld", "none"])
