@@ -145,7 +145,7 @@ def test_an_answer_taken_too_early_is_said_to_be() -> None:
     result = recover_paper(gradient, weight, family="smooth", options=early)
     assert error(result, label) > 1e-3
     assert result.verdict == "failed"
-    assert failure_of(result) in (PaperFailure.STOPPED_SHORT, PaperFailure.LOCAL_MINIMUM)
+    assert failure_of(result) in (PaperFailure.STOPPED_SHORT, PaperFailure.FALSE_MINIMUM)
     assert result.samples[0].uncertainty() > 1e-3
 
 

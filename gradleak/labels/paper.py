@@ -8,21 +8,17 @@ gradient has one label and whether that is the one. It sees no more truth than t
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
 from torch import Tensor
 
 from gradleak.errors import UsageError
-from gradleak.labels.decide import Decision, decide, dense_label
-from gradleak.labels.factorise import Rank, RankOne, leading_triple, rank_of
+from gradleak.labels.factorise import leading_triple
 from gradleak.labels.paper_search import SUPPORTS, PaperOptions, RowProblem, Search
 from gradleak.labels.paper_search import search as search_scale
-from gradleak.labels.problem import FamilyTable
-from gradleak.labels.refine import refine
-from gradleak.labels.search import find_candidates
-from gradleak.labels.single import check_column_sums, scale_problem
+from gradleak.labels.single import recover_single
 from gradleak.labels.verdict import LabelResult, SampleLabel, Verdict
 from gradleak.linalg import outer_residual
 from gradleak.softlabels import ARBITRARY, families
@@ -43,7 +39,18 @@ class PaperFailure(str, Enum):
     NOT_CONVERGED = "not converged"
     TRIVIAL_ZERO = "trivial zero accepted"
     STOPPED_SHORT = "stopped short"
-    LOCAL_MINIMUM = "false minimum accepted"
+    FALSE_MINIMUM = "false minimum accepted"
+
+
+@dataclass(frozen=True)
+class _Stop:
+    """Where the search stopped: the raw label y (C,), the family's ``label`` and its ``sample``."""
+
+    y: Tensor
+    delta: Tensor
+    feature: Tensor
+    label: Tensor
+    sample: SampleLabel
 
 
 def recover_paper(
@@ -67,20 +74,34 @@ def recover_paper(
     """
     require_family(family)
     options = options or PaperOptions()
-    support = SUPPORTS[family]
-    with torch.inference_mode(False), torch.no_grad():
-        leading = leading_triple(grad_weight[None])
-        rank = rank_of(grad_weight[None], leading)
-        unsolved = _unsolved(len(grad_weight), support, rank)
-        if unsolved is not None:
-            return unsolved
-        sums = check_column_sums(grad_weight, leading, rank)
-        problem = RowProblem.of(grad_weight, weight, bias, options.divisor)
-        dice = torch.Generator().manual_seed(0) if generator is None else generator
-        found = search_scale(problem, support, options, dice)
-        judged = _judge(leading, rank, weight, bias, family)
-        result = _result(grad_weight, problem, leading, found, judged, family, options)
-    return replace(result, noise=rank.noise, column_sums=sums)
+    dice = torch.Generator().manual_seed(0) if generator is None else generator
+    # A hard label is at the edge of either family.
+    told = (*families("hard"), *families(family))
+    judged = recover_single(grad_weight, weight, bias=bias, families=told, method="scale")
+    if not judged.rank:
+        return judged
+    if judged.rank > 1:
+        why = f"the head gradient has rank {judged.rank}, and the paper's method is for rank one"
+        return replace(_answerless(judged), reason=why, batch_size=judged.rank)
+    if len(grad_weight) < SUPPORTS[family] + 2:
+        why = f"{len(grad_weight)} classes leave fewer than two outside the support: no variance"
+        return replace(_answerless(judged), verdict="unidentifiable", reason=why)
+    with torch.no_grad():
+        problem, found = search_gradient(grad_weight, weight, bias, family, options, dice)
+        return _result(grad_weight, problem, found, judged, family)
+
+
+def search_gradient(
+    grad_weight: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    family: str,
+    options: PaperOptions,
+    generator: torch.Generator,
+) -> tuple[RowProblem, Search]:
+    """Run the paper's search alone, as :func:`recover_paper` does, without judging its answer."""
+    problem = RowProblem.of(grad_weight, weight, bias, options.divisor)
+    return problem, search_scale(problem, SUPPORTS[family], options, generator)
 
 
 def require_family(family: str) -> None:
@@ -98,124 +119,107 @@ def failure_of(result: LabelResult) -> PaperFailure | None:
     return next(kinds, None)
 
 
-def _unsolved(classes: int, support: int, rank: Rank) -> LabelResult | None:
-    """Return the verdict on a gradient that the method does not apply to, else None."""
-    if rank.rank == 0 and not rank.noisy:
-        why = "the gradient is exactly zero and determines nothing"
-        return LabelResult("unidentifiable", why, "none", None, 0, rank=0)
-    if rank.rank != 1:
-        why = f"the head gradient has rank {rank.rank}, and the paper's method is for rank one"
-        return LabelResult("failed", why, "none", None, rank.rank, noise=rank.noise, rank=rank.rank)
-    if classes < support + 2:
-        why = f"{classes} classes leave fewer than two outside the support: nothing has a variance"
-        return LabelResult("unidentifiable", why, "none", None, 1, rank=1)
-    return None
-
-
-def _judge(
-    leading: RankOne, rank: Rank, weight: Tensor, bias: Tensor | None, family: str
-) -> Decision:
-    """Return what the scale search of §3 says of the gradient when told the family."""
-    problem = scale_problem(leading, weight, bias, noise=rank.noise if rank.noisy else 0.0)
-    # A hard label is at the edge of either family.
-    table = FamilyTable.of((*families("hard"), *families(family)), weight.device)
-    return decide(problem, refine(problem, find_candidates(problem, table), table), table)[0]
-
-
 def _result(
-    grad_weight: Tensor,
-    problem: RowProblem,
-    leading: RankOne,
-    found: Search,
-    judged: Decision,
-    family: str,
-    options: PaperOptions,
+    grad_weight: Tensor, problem: RowProblem, found: Search, judged: LabelResult, family: str
 ) -> LabelResult:
     """Make the answer and its verdict of where the search stopped and what the gradient allows."""
-    none = LabelResult("failed", "", "paper", None, 1, rank=1)
-    fits = judged.answer is not None and judged.answer.family != ARBITRARY
+    none = _answerless(judged)
+    if judged.labels is None or judged.family == ARBITRARY:
+        judged = replace(judged, samples=(), labels=None)
     if found.stage is None:
         kind = PaperFailure.ESCAPED if found.escaped == 2 else PaperFailure.NOT_CONVERGED
-        kind = kind if fits else PaperFailure.WRONG_FAMILY
+        kind = PaperFailure.WRONG_FAMILY if judged.labels is None else kind
         why = f"{kind.value}: the lowest loss met is {found.loss:.2g}, at λ = {found.scale:.4g}"
         return replace(none, reason=why)
-    at = torch.tensor([found.scale], dtype=torch.float64, device=problem.row.device)
-    y, feature = problem.labels(at)[0], found.scale * problem.row
-    scale = float(feature @ leading.v[0])
-    sample = _sample(y, scale, family, judged if fits else None)
-    label = dense_label(sample, len(y)).to(y.device)
-    verdict, reason = _verdict(problem, found, y, sample, label, judged if fits else None)
+    stop = _stop(grad_weight, problem, found, judged, family)
+    verdict, reason = _verdict(stop, found, judged)
     return replace(
         none,
         verdict=verdict,
         reason=reason,
         family=family,
-        samples=(sample,),
-        labels=label[None].cpu(),
-        features=feature[None],
-        residual=outer_residual(grad_weight, y + problem.ratio / found.scale - label, feature),
+        samples=(stop.sample,),
+        labels=stop.label[None].cpu(),
+        features=stop.feature[None],
+        residual=outer_residual(grad_weight, stop.y + stop.delta - stop.label, stop.feature),
     )
 
 
-def _sample(y: Tensor, scale: float, family: str, judged: Decision | None) -> SampleLabel:
-    """Describe y (C,) as a label of the family, with its distance from the judged one as error."""
-    classes, support = len(y), SUPPORTS[family]
-    top = y.topk(support)
+def _answerless(judged: LabelResult) -> LabelResult:
+    """Return a failed result without an answer, with what ``judged`` says of the gradient."""
+    return LabelResult(
+        "failed",
+        "",
+        "paper",
+        None,
+        1,
+        noise=judged.noise,
+        rank=judged.rank,
+        column_sums=judged.column_sums,
+    )
+
+
+def _stop(
+    grad_weight: Tensor, problem: RowProblem, found: Search, judged: LabelResult, family: str
+) -> _Stop:
+    """Describe where the search stopped as a label of the family, as far as it is from judged's."""
+    scale = torch.tensor([found.scale], dtype=torch.float64, device=problem.row.device)
+    y, feature = problem.labels(scale)[0], found.scale * problem.row
+    support = SUPPORTS[family]
+    weights, classes = y.topk(support)
     base = 0.0
     if family == "smooth":
-        base = max(0.0, float((1.0 - top.values.sum()) / (classes - support)))
-    excess = (float(top.values.sum()) + (classes - support) * base - 1.0) / support
-    weights = tuple(value - excess for value in top.values.tolist())
-    sample = SampleLabel(
-        family=family,
-        classes=tuple(top.indices.tolist()),
-        weights=weights,
-        base=base,
-        scale=scale,
-        weight_errors=(math.inf,) * support,
-        base_error=math.inf if family == "smooth" else 0.0,
-        scale_error=math.inf,
-    )
-    if judged is None or judged.label is None or judged.answer is None:
-        return sample
-    own = judged.answer.uncertainty()
-    apart = (dense_label(sample, classes) - judged.label.cpu()).abs()
-    outside = torch.ones(classes, dtype=torch.bool).scatter(0, top.indices.cpu(), False)
-    return replace(
-        sample,
-        weight_errors=tuple(math.hypot(own, e) for e in apart[list(sample.classes)].tolist()),
-        base_error=math.hypot(judged.answer.base_error, float(apart[outside].max())),
-        scale_error=math.hypot(judged.answer.scale_error, scale - judged.answer.scale),
+        base = max(0.0, float(1.0 - weights.sum()) / (len(y) - support))
+    # What the rest leaves over, so that the label sums to one.
+    weights = weights - (weights.sum() + (len(y) - support) * base - 1.0) / support
+    label = torch.full_like(y, base).scatter(0, classes, weights)
+    size = float(feature @ leading_triple(grad_weight[None]).v[0])
+    own = scale_error = math.inf
+    apart = torch.full_like(y, math.inf)
+    if judged.labels is not None:
+        (sample,) = judged.samples
+        own = sample.uncertainty()
+        apart = (label - judged.labels[0].to(label.device)).abs()
+        scale_error = math.hypot(sample.scale_error, size - sample.scale)
+    base_error = math.hypot(own, float(apart.scatter(0, classes, 0.0).max()))
+    return _Stop(
+        y=y,
+        delta=problem.ratio / found.scale,
+        feature=feature,
+        label=label,
+        sample=SampleLabel(
+            family=family,
+            classes=tuple(classes.tolist()),
+            weights=tuple(weights.tolist()),
+            base=base,
+            scale=size,
+            weight_errors=tuple(math.hypot(own, e) for e in apart[classes].tolist()),
+            base_error=base_error if family == "smooth" else 0.0,
+            scale_error=scale_error,
+        ),
     )
 
 
-def _verdict(
-    problem: RowProblem,
-    found: Search,
-    y: Tensor,
-    sample: SampleLabel,
-    label: Tensor,
-    judged: Decision | None,
-) -> tuple[Verdict, str]:
+def _verdict(stop: _Stop, found: Search, judged: LabelResult) -> tuple[Verdict, str]:
     """Compare the label at which the search stopped with what the gradient determines."""
     accepted = f"accepted at λ = {found.scale:.4g} with a loss of {found.loss:.2g}"
-    if judged is None or judged.label is None or judged.answer is None:
+    family, support = stop.sample.family, len(stop.sample.classes)
+    if judged.labels is None:
         kind = PaperFailure.WRONG_FAMILY
-        return "failed", f"{kind.value}: {accepted}, but no {sample.family} label fits the gradient"
-    outside = label < label.topk(len(sample.classes)).values[-1]
-    rest = y[outside].var(), (problem.ratio[outside] / found.scale).var()
-    if float(rest[0]) >= _TRIVIAL * float(rest[1]):
+        return "failed", f"{kind.value}: {accepted}, but no {family} label fits the gradient"
+    outside = stop.label < stop.label.topk(support).values[-1]
+    if float(stop.y[outside].var()) >= _TRIVIAL * float(stop.delta[outside].var()):
         kind = PaperFailure.TRIVIAL_ZERO
         return "failed", f"{kind.value}: {accepted}, where the softmax is saturated"
     if judged.verdict != "unique":
         return judged.verdict, f"{accepted}, but {judged.reason}"
-    apart = float((label - judged.label.to(label.device)).abs().max())
+    apart = float((stop.label - judged.labels[0].to(stop.label.device)).abs().max())
     if apart > _AGREES:
-        near = abs(sample.scale / judged.answer.scale - 1.0) < _SAME_VALLEY
-        kind = PaperFailure.STOPPED_SHORT if near else PaperFailure.LOCAL_MINIMUM
+        near = abs(stop.sample.scale / judged.samples[0].scale - 1.0) < _SAME_VALLEY
+        kind = PaperFailure.STOPPED_SHORT if near else PaperFailure.FALSE_MINIMUM
         return "failed", f"{kind.value}: {accepted}, {apart:.2g} from the label that fits"
     by = "particle swarm" if found.stage == "swarm" else found.stage
     return "unique", (
-        f"{accepted} by the {by}; {apart:.2g} from the one {sample.family} label that fits the "
-        "gradient to its precision"
+        f"{accepted} by the {by}; {apart:.2g} from the one {family} label that fits the gradient "
+        "to its precision"
     )
