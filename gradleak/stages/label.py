@@ -14,11 +14,13 @@ from gradleak.bundle import LABEL, Bundle, StageRecord
 from gradleak.device import resolve_device
 from gradleak.errors import GradleakError, UsageError
 from gradleak.head import Head, read_head
+from gradleak.labels.paper import recover_paper, require_family
+from gradleak.labels.paper_search import PaperOptions
 from gradleak.labels.single import recover_singles
 from gradleak.labels.verdict import LabelResult
 from gradleak.softlabels import Family, families
 
-METHODS = ("auto", "bias", "scale")
+METHODS = ("auto", "bias", "scale", "paper")
 # Heads held at once: how many, each with its file open, and values of their gradients.
 _HEADS, _VALUES = 256, 1 << 24
 
@@ -37,8 +39,10 @@ class LabelOutcome:
 class _Attack:
     """What is asked for, and what it was called: ``arguments`` go on record."""
 
+    family: str
     families: tuple[Family, ...]
     method: str
+    paper: PaperOptions | None
     head: str | None
     weights: Path | str | None
     device: torch.device
@@ -53,19 +57,21 @@ def recover_label(
     method: str = "auto",
     head: str | None = None,
     weights: Path | str | None = None,
+    paper: PaperOptions | None = None,
     device: str = "auto",
     seed: int = 0,
 ) -> LabelOutcome:
     """Recover the soft label of the sample behind a gradient bundle.
 
     Reads the head's tensors only. ``family`` is one of ``softlabels.FAMILIES`` or ``auto``;
-    ``method`` is ``bias`` (closed form), ``scale`` (the search, bias gradient ignored) or ``auto``;
+    ``method`` is ``bias`` (closed form), ``scale`` (the search, bias gradient ignored), ``auto`` of
+    the two, or ``paper`` (the baseline, with the options ``paper``; ``seed`` is its swarm's);
     ``head`` overrides the search for the classifier; ``weights`` is a state-dict file for a bundle
     without weights. The label goes to ``label/soft`` (N, C) float64, whatever the verdict.
 
     Raises :class:`GradleakError` subclasses as ``read_head`` and ``recover_single`` do.
     """
-    attack = _attack(family, method, head, weights, device, seed)
+    attack = _attack(family, method, paper, head, weights, device, seed)
     (outcome,) = _recover([bundle], attack)
     if isinstance(outcome, GradleakError):
         raise outcome
@@ -79,6 +85,7 @@ def recover_labels(
     method: str = "auto",
     head: str | None = None,
     weights: Path | str | None = None,
+    paper: PaperOptions | None = None,
     device: str = "auto",
     seed: int = 0,
 ) -> Iterator[LabelOutcome | GradleakError]:
@@ -91,12 +98,13 @@ def recover_labels(
 
     Raises :class:`UsageError` for an unknown family, method or device.
     """
-    return _recover(bundles, _attack(family, method, head, weights, device, seed))
+    return _recover(bundles, _attack(family, method, paper, head, weights, device, seed))
 
 
 def _attack(
     family: str,
     method: str,
+    paper: PaperOptions | None,
     head: str | None,
     weights: Path | str | None,
     device: str,
@@ -104,9 +112,15 @@ def _attack(
 ) -> _Attack:
     if method not in METHODS:
         raise UsageError(f"unknown method '{method}'", f"choose one of {', '.join(METHODS)}")
+    if method == "paper":
+        require_family(family)
+    elif paper is not None:
+        raise UsageError(
+            f"method '{method}' does not take the options of 'paper'", "add --method paper"
+        )
     arguments: dict[str, object] = {"family": family, "method": method}
     chosen, where = families(family), resolve_device(device)
-    return _Attack(chosen, method, head, weights, where, arguments, seed)
+    return _Attack(family, chosen, method, paper, head, weights, where, arguments, seed)
 
 
 def _recover(
@@ -170,6 +184,8 @@ def _kind(head: Head) -> object:
 
 def _solve_alike(heads: list[Head], attack: _Attack) -> list[LabelResult | GradleakError]:
     """Solve heads of one kind, and share the time out among them."""
+    if attack.method == "paper":
+        return [_solve_as_published(head, attack) for head in heads]
     start = time.perf_counter()
     results = recover_singles(
         _stack([head.grad_weight for head in heads]),
@@ -185,6 +201,23 @@ def _solve_alike(heads: list[Head], attack: _Attack) -> list[LabelResult | Gradl
     )
     seconds = (time.perf_counter() - start) / len(heads)
     return [r if isinstance(r, GradleakError) else replace(r, seconds=seconds) for r in results]
+
+
+def _solve_as_published(head: Head, attack: _Attack) -> LabelResult | GradleakError:
+    """Solve one head by the published search."""
+    start = time.perf_counter()
+    try:
+        result = recover_paper(
+            head.grad_weight,
+            head.weight,
+            bias=head.bias,
+            family=attack.family,
+            options=attack.paper,
+            generator=torch.Generator().manual_seed(attack.seed),
+        )
+    except GradleakError as error:
+        return error
+    return replace(result, seconds=time.perf_counter() - start)
 
 
 def _given(tensor: Tensor | None) -> Tensor:
