@@ -83,6 +83,15 @@ def command(
             rich_help_panel=ATTACK,
         ),
     ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of samples, 1 or more. Default: the rank of the head's gradient, or what "
+            "the bundle records if that is more.",
+            show_default=False,
+            rich_help_panel=ATTACK,
+        ),
+    ] = None,
     head: HeadName = None,
     weights: Weights = None,
     output: OutputBundle = None,
@@ -112,6 +121,7 @@ def command(
             bundles,
             family=family,
             method=method,
+            batch_size=batch_size,
             head=head,
             weights=weights,
             paper=paper,
@@ -132,10 +142,13 @@ def command(
 def _report(source: str, outcome: LabelOutcome) -> Report:
     result = outcome.result
     rows = [("verdict", f"{result.verdict}: {result.reason}")]
-    if result.samples:
+    if len(result.samples) == 1:
         sample = result.samples[0]
         rows += [("family", sample.family), *_entries(sample)]
         rows.append(("scale", f"{sample.scale:.6g} ± {number(sample.scale_error, 2)}"))
+    elif result.samples:
+        rows.append(("samples", f"{len(result.samples)} of {result.batch_size}"))
+        rows += [(f"sample {n}", _line(sample)) for n, sample in enumerate(result.samples)]
     rows += [
         ("", f"or {other.family}: {_brief(other)}, scale {other.scale:.6g}")
         for other in result.alternatives
@@ -187,6 +200,12 @@ def _entries(sample: SampleLabel) -> list[tuple[str, str]]:
     if sample.base > 0:
         rows.append(("other classes", f"{sample.base:.6g} ± {number(sample.base_error, 2)} each"))
     return rows
+
+
+def _line(sample: SampleLabel) -> str:
+    """Describe one sample of a batch in a line."""
+    base = f", others {sample.base:.4g}" if sample.base > 0 else ""
+    return f"{sample.family}: {_brief(sample)}{base} (± {number(sample.uncertainty(), 1)})"
 
 
 def _brief(sample: SampleLabel) -> str:

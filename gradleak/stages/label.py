@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,11 +14,15 @@ from gradleak.bundle import LABEL, Bundle, StageRecord
 from gradleak.device import resolve_device
 from gradleak.errors import GradleakError, UsageError
 from gradleak.head import Head, read_head
+from gradleak.labels.options import LabelOptions
 from gradleak.labels.paper import recover_paper, require_family
 from gradleak.labels.paper_search import PaperOptions
 from gradleak.labels.single import recover_singles
 from gradleak.labels.verdict import LabelResult
-from gradleak.softlabels import Family, families
+from gradleak.softlabels import families
+
+Progress = Callable[[int, int], None]
+"""Told how many samples of a batch are found, and of how many."""
 
 METHODS = ("auto", "bias", "scale", "paper")
 # Heads held at once: how many, each with its file open, and values of their gradients.
@@ -40,14 +44,13 @@ class _Attack:
     """What is asked for, and what it was called: ``arguments`` go on record."""
 
     family: str
-    families: tuple[Family, ...]
-    method: str
+    options: LabelOptions
     paper: PaperOptions | None
     head: str | None
     weights: Path | str | None
     device: torch.device
     arguments: dict[str, object]
-    seed: int
+    progress: Progress | None
 
 
 def recover_label(
@@ -55,23 +58,26 @@ def recover_label(
     *,
     family: str = "auto",
     method: str = "auto",
+    batch_size: int | None = None,
     head: str | None = None,
     weights: Path | str | None = None,
     paper: PaperOptions | None = None,
     device: str = "auto",
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> LabelOutcome:
-    """Recover the soft label of the sample behind a gradient bundle.
+    """Recover the soft labels of the samples behind a gradient bundle.
 
     Reads the head's tensors only. ``family`` is one of ``softlabels.FAMILIES`` or ``auto``;
     ``method`` is ``bias`` (closed form), ``scale`` (the search, bias gradient ignored), ``auto`` of
     the two, or ``paper`` (the baseline, with the options ``paper``; ``seed`` is its swarm's);
+    ``batch_size`` is the number of samples, the rank of the gradient unless given;
     ``head`` overrides the search for the classifier; ``weights`` is a state-dict file for a bundle
     without weights. The label goes to ``label/soft`` (N, C) float64, whatever the verdict.
 
     Raises :class:`GradleakError` subclasses as ``read_head`` and ``recover_single`` do.
     """
-    attack = _attack(family, method, paper, head, weights, device, seed)
+    attack = _attack(family, method, batch_size, paper, head, weights, device, seed, progress)
     (outcome,) = _recover([bundle], attack)
     if isinstance(outcome, GradleakError):
         raise outcome
@@ -83,11 +89,13 @@ def recover_labels(
     *,
     family: str = "auto",
     method: str = "auto",
+    batch_size: int | None = None,
     head: str | None = None,
     weights: Path | str | None = None,
     paper: PaperOptions | None = None,
     device: str = "auto",
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Iterator[LabelOutcome | GradleakError]:
     """Recover the labels of many bundles, those with heads of one shape in one computation.
 
@@ -98,17 +106,21 @@ def recover_labels(
 
     Raises :class:`UsageError` for an unknown family, method or device.
     """
-    return _recover(bundles, _attack(family, method, paper, head, weights, device, seed))
+    return _recover(
+        bundles, _attack(family, method, batch_size, paper, head, weights, device, seed, progress)
+    )
 
 
 def _attack(
     family: str,
     method: str,
+    batch_size: int | None,
     paper: PaperOptions | None,
     head: str | None,
     weights: Path | str | None,
     device: str,
     seed: int,
+    progress: Progress | None,
 ) -> _Attack:
     if method not in METHODS:
         raise UsageError(f"unknown method '{method}'", f"choose one of {', '.join(METHODS)}")
@@ -119,8 +131,13 @@ def _attack(
             f"method '{method}' does not take the options of 'paper'", "add --method paper"
         )
     arguments: dict[str, object] = {"family": family, "method": method}
-    chosen, where = families(family), resolve_device(device)
-    return _Attack(family, chosen, method, paper, head, weights, where, arguments, seed)
+    if batch_size is not None:
+        if batch_size < 1:
+            raise UsageError(f"batch size {batch_size} is below 1", "give the number of samples")
+        arguments["batch_size"] = batch_size
+    options = LabelOptions(families(family), method, batch_size, seed=seed)
+    where = resolve_device(device)
+    return _Attack(family, options, paper, head, weights, where, arguments, progress)
 
 
 def _recover(
@@ -147,7 +164,7 @@ def _recover(
 
 def _read(bundle: Bundle, attack: _Attack) -> Head:
     head = read_head(bundle, name=attack.head, weights=attack.weights, device=attack.device)
-    if attack.method == "bias" and head.grad_bias is None:
+    if attack.options.method == "bias" and head.grad_bias is None:
         raise UsageError(
             f"method 'bias' needs grad/{head.name}.bias, which the bundle does not hold",
             "use --method scale",
@@ -165,9 +182,10 @@ def _solve(
         if isinstance(item, GradleakError):
             found[index] = item
         else:
-            groups.setdefault(_kind(item[1]), []).append((index, *item))
+            groups.setdefault(_kind(*item), []).append((index, *item))
     for group in groups.values():
-        solved = _solve_alike([head for _, _, head in group], attack)
+        size = group[0][1].batch_size
+        solved = _solve_alike([head for _, _, head in group], size, attack)
         for (index, bundle, head), result in zip(group, solved, strict=True):
             try:
                 found[index] = _outcome(bundle, head, result, attack)
@@ -176,15 +194,17 @@ def _solve(
     return [found[index] for index in range(len(taken))]
 
 
-def _kind(head: Head) -> object:
+def _kind(bundle: Bundle, head: Head) -> object:
     """Return what heads have in common that can be solved in one call."""
     tensors = (head.grad_weight, head.weight, head.bias, head.grad_bias)
-    return tuple(None if t is None else (t.shape, t.dtype) for t in tensors)
+    return bundle.batch_size, *(None if t is None else (t.shape, t.dtype) for t in tensors)
 
 
-def _solve_alike(heads: list[Head], attack: _Attack) -> list[LabelResult | GradleakError]:
-    """Solve heads of one kind, and share the time out among them."""
-    if attack.method == "paper":
+def _solve_alike(
+    heads: list[Head], size: int | None, attack: _Attack
+) -> list[LabelResult | GradleakError]:
+    """Solve heads of one kind, whose bundles record ``size`` samples; share the time out."""
+    if attack.options.method == "paper":
         return [_solve_as_published(head, attack) for head in heads]
     start = time.perf_counter()
     results = recover_singles(
@@ -196,8 +216,8 @@ def _solve_alike(heads: list[Head], attack: _Attack) -> list[LabelResult | Gradl
             if heads[0].grad_bias is None
             else _stack([_given(head.grad_bias) for head in heads])
         ),
-        families=attack.families,
-        method=attack.method,
+        options=replace(attack.options, recorded_size=size),
+        progress=attack.progress,
     )
     seconds = (time.perf_counter() - start) / len(heads)
     return [r if isinstance(r, GradleakError) else replace(r, seconds=seconds) for r in results]
@@ -213,7 +233,7 @@ def _solve_as_published(head: Head, attack: _Attack) -> LabelResult | GradleakEr
             bias=head.bias,
             family=attack.family,
             options=attack.paper,
-            generator=torch.Generator().manual_seed(attack.seed),
+            generator=torch.Generator().manual_seed(attack.options.seed),
         )
     except GradleakError as error:
         return error
@@ -245,7 +265,7 @@ def _outcome(
     record = StageRecord(
         "recover-label",
         {**attack.arguments, "head": head.name},
-        seed=attack.seed,
+        seed=attack.options.seed,
         device=str(attack.device),
         seconds=result.seconds,
         verdict=result.verdict,
