@@ -86,7 +86,7 @@ def command(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            help="Number of samples, 1 or more. Default: the rank of the head's gradient, or what "
+            help="Number of samples, from 1. Default: the rank of the head's gradient, or what "
             "the bundle records if that is more.",
             show_default=False,
             rich_help_panel=ATTACK,
