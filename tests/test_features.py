@@ -232,7 +232,7 @@ def test_a_label_is_needed_and_must_fit_the_head() -> None:
     with pytest.raises(InputError, match="for a head of 10 classes"):
         recover_feature(few, device="cpu")
     two = captured.bundle.extended({LABEL: torch.full((2, 10), 0.1, dtype=torch.float64)})
-    with pytest.raises(IncompleteError, match="holds 2 samples"):
+    with pytest.raises(InputError, match="2 labels are given for a gradient of 1 samples"):
         recover_feature(two, device="cpu")
 
 
