@@ -61,11 +61,14 @@ def command(
     from gradleak.truth import Truth
 
     console = Console(json=json, quiet=quiet)
-    known = None if truth is None else Truth.load(truth)
+    known: Truth | None = None
     for source in sources:
         try:
             picture = source != STDIO and Path(source).suffix.lower() == ".png"
             recovered = load_image(source, None).pixels if picture else open_bundle(source)
+            # Not before: at the end of a pipe the truth is written while the bundle is on its way.
+            if truth is not None and known is None:
+                known = Truth.load(truth)
             console.report(_report(source, score(recovered, truth=known, against=against)))
         except GradleakError as error:
             console.error(error, stage=NAME, source=source)
