@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gradleak.labels.batch.polish import STEPS, Polished, labels_of, polish
+from gradleak.labels.batch.joint import solve_jointly
+from gradleak.labels.batch.polish import STEPS, Labels, Polished, labels_of, polish
 from gradleak.labels.batch.samples import Found, find_samples, rounding_of
 from gradleak.labels.batch.simplify import simplify
 from gradleak.labels.batch.subspace import Subspace, subspace_of
@@ -57,16 +58,32 @@ def recover_batch(
         families = [family for family in options.families if family.support <= _LARGEST_SUPPORT]
         generator = torch.Generator(device=grad_weight.device).manual_seed(options.seed)
         found = find_samples(whole, families, generator, progress)
-        result = _result(grad_weight, whole, simplify(whole, found, families), rank)
+        answer = _starting_point(whole, simplify(whole, found, families))
+        if answer is None or len(answer[0]) < whole.size:
+            answer = solve_jointly(whole, families, generator) or answer
+        result = _result(grad_weight, whole, answer, rank)
     if result.labels is None or result.features is None:
         return result
     # A clone made outside is an ordinary tensor again, which may take part in autograd.
     return replace(result, labels=result.labels.clone(), features=result.features.clone())
 
 
-def _result(grad_weight: Tensor, whole: Subspace, found: list[Found], rank: Rank) -> LabelResult:
-    count = sum(len(f.roots.a) for f in found)
-    if not count:
+def _starting_point(whole: Subspace, found: list[Found]) -> tuple[Tensor, Labels] | None:
+    """Lay out the samples found: coordinates (M, n) and labels, or None if there are none."""
+    if not found:
+        return None
+    supports = [support for f in found for support in f.roots.classes]
+    weights = [weight for f in found for weight in f.roots.weights]
+    base = torch.tensor([f.family.base for f in found for _ in f.roots.a])
+    labels = labels_of(whole.classes, supports, weights, base)
+    return torch.cat([f.roots.a for f in found]), labels
+
+
+def _result(
+    grad_weight: Tensor, whole: Subspace, answer: tuple[Tensor, Labels] | None, rank: Rank
+) -> LabelResult:
+    """Polish all samples together (of an incomplete batch, leave those found) and judge them."""
+    if answer is None:
         return LabelResult(
             verdict="failed",
             reason=f"none of {whole.samples} samples was found",
@@ -76,7 +93,8 @@ def _result(grad_weight: Tensor, whole: Subspace, found: list[Found], rank: Rank
             rank=rank.rank,
             noise=rank.noise,
         )
-    solved = _solve(whole, found)
+    count = len(answer[0])
+    solved = polish(whole, *answer, steps=STEPS if count == whole.size else 0)
     samples = _describe(whole, solved)
     labels = solved.labels.dense()
     features = solved.a @ whole.right.T
@@ -98,16 +116,6 @@ def _result(grad_weight: Tensor, whole: Subspace, found: list[Found], rank: Rank
         rank=rank.rank,
         noise=rank.noise,
     )
-
-
-def _solve(whole: Subspace, found: list[Found]) -> Polished:
-    """Polish all samples together; of an incomplete batch, those found on their own."""
-    a = torch.cat([f.roots.a for f in found])
-    supports = [support for f in found for support in f.roots.classes]
-    weights = [weight for f in found for weight in f.roots.weights]
-    base = torch.tensor([f.family.base for f in found for _ in f.roots.a])
-    labels = labels_of(whole.classes, supports, weights, base)
-    return polish(whole, a, labels, steps=STEPS if len(a) == whole.size else 0)
 
 
 def _describe(whole: Subspace, solved: Polished) -> list[SampleLabel]:

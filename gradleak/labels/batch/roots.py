@@ -22,6 +22,8 @@ _TINY = 1e-300
 _RIDGE = 1e-12
 _MEMBERSHIP = 0.3
 _CONVERGED, _STUCK = 1e-26, 1e9
+# A descent that gains less than this factor in so many steps has arrived, or no root before it.
+_PATIENCE, _GAIN = 6, 0.5
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Equations:
         damping = torch.full_like(state.objective, 1e-2)
         ends: list[Roots] = []
         index, order = torch.arange(len(a), device=a.device), []
+        before = state.objective
         for step in range(1, steps + 1):
             trial = self._evaluate(state.a + self._step(state, classes, damping), classes)
             better = trial.objective < state.objective
@@ -103,6 +106,9 @@ class Equations:
             )
             damping = torch.where(better, damping * 0.3, damping * 5.0)
             done = (state.objective < _CONVERGED) | (damping > _STUCK)
+            if step % _PATIENCE == 0:
+                done |= state.objective > _GAIN * before
+                before = state.objective
             if step == steps:
                 done = torch.ones_like(done)
             if bool(done.any()):
@@ -113,7 +119,12 @@ class Equations:
                 continue
             if not bool(left.any()):
                 break
-            classes, damping, index = classes[left], damping[left], index[left]
+            classes, damping, index, before = (
+                classes[left],
+                damping[left],
+                index[left],
+                before[left],
+            )
             state = _State(**{k: v[left] for k, v in vars(state).items()})
         return Roots.join(ends).take(torch.cat(order).argsort())
 

@@ -52,7 +52,7 @@ def find_samples(
     score = {family.name: 0 for family in families}
     for round_ in range(_ROUNDS):
         for family in sorted(families, key=lambda f: -score[f.name]):
-            while left.size > 0:
+            while left.size > 0 and overdetermined(left, family):
                 roots = _search(whole, left, family, round_, generator)
                 if len(roots.a):
                     roots = _distinct(whole, roots, found)
@@ -68,6 +68,12 @@ def find_samples(
         if left.size == 0:
             break
     return found
+
+
+def overdetermined(left: Subspace, family: Family) -> bool:
+    """Return whether one sample alone has more equations than unknowns: C > 2n + q."""
+    known = 0 if left.unit_row is None else 1
+    return left.classes + known > 2 * left.size + family.parameters
 
 
 def _search(

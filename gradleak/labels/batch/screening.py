@@ -19,11 +19,11 @@ from gradleak.labels.batch.subspace import Subspace
 
 # The feature is the row's over the label's entry there.
 _SCALES = (0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 6.0)
-# Proposing classes at most, by the size of their part of the gradient.
-_PROPOSERS = 512
+# Classes that propose, by the size of their part of the gradient: some, and some for each sample.
+_PROPOSERS, _PROPOSERS_EACH = 64, 8
 _KEPT_SCALES = 3
 _SMALLEST = 0.01
-_TINY = 1e-12
+_TINY = 1e-9
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ def propose(subspace: Subspace, size: int, base: bool, count: int) -> Starts:
     # Rows of classes outside every label are averages of the features, weighted by p.
     typical = rows[sums.argsort()[subspace.classes // 2 :]].mean(0)
     direction = -subspace.samples * (rows - typical)
-    first = direction.norm(dim=1).topk(min(_PROPOSERS, len(rows))).indices
+    proposers = min(_PROPOSERS + _PROPOSERS_EACH * subspace.size, len(rows))
+    first = direction.norm(dim=1).topk(proposers).indices
     direction = direction[first]
     scales = torch.tensor(_SCALES, dtype=rows.dtype, device=rows.device)
     if subspace.unit_row is not None:  # a bias gradient knows the scale, up to what the row blurs
@@ -63,9 +64,12 @@ def propose(subspace: Subspace, size: int, base: bool, count: int) -> Starts:
 
 
 def _weigh(subspace: Subspace, a: Tensor, first: Tensor, size: int, base: bool) -> Starts:
-    """Fit the label to p at coordinates ``a`` (T, M, n) with the class ``first`` (M,) in it."""
-    q = span(subspace, base)
-    p = subspace.probabilities(a)
+    """Fit the label to p at coordinates ``a`` (T, M, n) with the class ``first`` (M,) in it.
+
+    Ranking needs no more than float32.
+    """
+    q = span(subspace, base).float()
+    p = torch.softmax(a.float() @ subspace.logits.T.float() + subspace.bias.float(), -1)
     projected = p @ q
     pull = p - projected @ q.T  # K p
     own = (1.0 - q.square().sum(1)).clamp(min=_TINY)
