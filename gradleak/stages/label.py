@@ -12,6 +12,7 @@ from gradleak.bundle import LABEL, Bundle, StageRecord
 from gradleak.device import resolve_device
 from gradleak.errors import UsageError
 from gradleak.head import read_head
+from gradleak.labels.curves import Curves, scale_curves
 from gradleak.labels.paper import recover_paper, require_family
 from gradleak.labels.paper_search import PaperOptions
 from gradleak.labels.single import recover_single
@@ -98,3 +99,15 @@ def recover_label(
     )
     found = {} if result.labels is None else {LABEL: result.labels}
     return LabelOutcome(bundle.extended(found, record=record), result, layer.name, str(where))
+
+
+def label_curves(
+    bundle: Bundle, outcome: LabelOutcome, *, weights: Path | str | None = None
+) -> Curves:
+    """Sample the search behind an ``outcome`` over the scale, for a picture of it.
+
+    ``bundle`` and ``weights`` are those that ``recover_label`` was given. Raises
+    :class:`UsageError` unless the gradient is of a single sample.
+    """
+    layer = read_head(bundle, name=outcome.head, weights=weights, device=outcome.device)
+    return scale_curves(layer.grad_weight, layer.weight, layer.bias, outcome.result)
