@@ -56,8 +56,8 @@ class Outcome:
         case = self.case
         return (
             f"{case.head}, C = {case.classes}, N = {case.samples}, {case.family}, draw "
-            f"{case.seed}: {self.found} right; {self.verdict} ({self.reason}); errors {self.label_error:.1e} of "
-            f"a label, {self.feature_error:.1e} of a feature"
+            f"{case.seed}: {self.found} right; {self.verdict} ({self.reason}); errors "
+            f"{self.label_error:.1e} of a label, {self.feature_error:.1e} of a feature"
         )
 
 
