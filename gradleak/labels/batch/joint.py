@@ -95,7 +95,7 @@ def _try(
     scale = torch.rand(shape, generator=generator, dtype=start.dtype, device=start.device)
     wobble = torch.randn((*sets.shape, n), generator=generator, dtype=start.dtype).to(start.device)
     shared = start.sum(1).gather(1, sets)[..., None]
-    rows = -whole.samples * (whole.left * whole.values)[sets] / shared
+    rows = -whole.mass * (whole.left * whole.values)[sets] / shared
     a = rows * (1.5 * scale - 0.3).exp() + 0.3 * wobble * rows.norm(dim=-1, keepdim=True) / n**0.5
     for index, a_found, found in _descend(whole, a, start, basis, weights):
         labels = Labels(
@@ -114,10 +114,10 @@ def _try(
 def _fits(whole: Subspace, a: Tensor, labels: Labels) -> bool:
     """Return whether samples reproduce the gradient to its own precision."""
     delta = whole.probabilities(a) - labels.dense()
-    misfit = (delta.T @ a / whole.samples - whole.left * whole.values).norm()
+    misfit = (delta.T @ a / whole.mass - whole.left * whole.values).norm()
     noise = whole.noise**2 * whole.classes * whole.size
     rounding = rounding_of(whole, a).square() * (delta.square() + labels.dense().square()).sum(1)
-    expected = noise + float((rounding * a.square().sum(1)).sum()) / whole.samples**2
+    expected = noise + float((rounding * a.square().sum(1)).sum()) / whole.mass**2
     return float(misfit) < _SIGMAS * math.sqrt(expected)
 
 
@@ -160,7 +160,7 @@ def _descend(
 
 
 class _Problem:
-    """U S = (1/N) Σ δ_n a_nᵀ for M assignments at once, with dense Jacobians."""
+    """U S = (1/M) Σ δ_n a_nᵀ for M assignments at once, with dense Jacobians."""
 
     def __init__(self, whole: Subspace, start: Tensor, basis: Tensor) -> None:
         self.whole, self.start, self.basis = whole, start, basis
@@ -180,16 +180,16 @@ class _Problem:
         """Return the misfit (M, C, n) and its square (M,)."""
         _, delta = self.deltas(point)
         target = self.whole.left * self.whole.values
-        misfit = delta.mT @ point[..., : self.whole.size] / self.whole.samples - target
+        misfit = delta.mT @ point[..., : self.whole.size] / self.whole.mass - target
         if self.whole.unit_row is not None:
             one = point[..., : self.whole.size] @ self.whole.unit_row - 1.0
-            square = misfit.square().sum((1, 2)) + (one / self.whole.samples).square().sum(1)
+            square = misfit.square().sum((1, 2)) + (one / self.whole.mass).square().sum(1)
             return misfit, square
         return misfit, misfit.square().sum((1, 2))
 
     def step(self, point: Tensor, residual: Tensor, damping: Tensor) -> Tensor:
         """Return the damped Gauss–Newton step (M, N, n + q)."""
-        n, samples = self.whole.size, self.whole.samples
+        n, samples, mass = self.whole.size, self.whole.samples, self.whole.mass
         p, delta = self.deltas(point)
         a, h = point[..., :n], self.whole.logits
         slope = torch.cat([p[..., None] * (h - (p @ h)[..., None, :]), -self.basis], -1)
@@ -197,7 +197,7 @@ class _Problem:
         identity = torch.eye(n, dtype=a.dtype, device=a.device)
         jacobian[..., :n] += torch.einsum("msc,jx->mcjsx", delta, identity)
         count, unknowns = len(point), point[0].numel()
-        jacobian = jacobian.reshape(count, -1, unknowns) / samples
+        jacobian = jacobian.reshape(count, -1, unknowns) / mass
         normal = jacobian.mT @ jacobian
         pull = jacobian.mT @ residual.reshape(count, -1, 1)
         row = self.whole.unit_row
@@ -205,9 +205,9 @@ class _Problem:
             width = point.shape[-1]
             blocks = normal.view(count, samples, width, samples, width)
             each = torch.arange(samples, device=a.device)
-            blocks[:, each, :n, each, :n] += row[:, None] * row / samples**2
+            blocks[:, each, :n, each, :n] += row[:, None] * row / mass**2
             pull = pull.view(count, samples, width)
-            pull[..., :n] += (a @ row - 1.0)[..., None] * row / samples**2
+            pull[..., :n] += (a @ row - 1.0)[..., None] * row / mass**2
             pull = pull.reshape(count, unknowns, 1)
         diagonal = normal.diagonal(dim1=1, dim2=2)
         floor = 1e-6 * diagonal.mean(1, keepdim=True) + _TINY
