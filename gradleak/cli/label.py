@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gradleak.cli.common import (
+    STDIO,
     Console,
     Report,
     check_output,
@@ -14,10 +16,12 @@ from gradleak.cli.common import (
     exit_code_of,
     keep_apart,
     number,
+    printable,
     run_stage_on_all,
 )
 from gradleak.cli.options import (
     ATTACK,
+    OUTPUT,
     Device,
     HeadName,
     Inputs,
@@ -27,7 +31,7 @@ from gradleak.cli.options import (
     Seed,
     Weights,
 )
-from gradleak.errors import GradleakError
+from gradleak.errors import GradleakError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -48,6 +52,7 @@ _NOTHING: dict[str, object] = {
     "noise": None,
     "alternatives": [],
     "intervals": [],
+    "plot": None,
     "head": None,
     "device": None,
     "seconds": None,
@@ -95,6 +100,16 @@ def command(
     head: HeadName = None,
     weights: Weights = None,
     output: OutputBundle = None,
+    plot: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw the residuals over the scale and the label into FILE, a .png, .pdf or .svg; "
+            "needs matplotlib (the extra plot). Default: none.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     device: Device = "auto",
@@ -109,6 +124,7 @@ def command(
     sources = choose_inputs(context, inputs)
     outputs = check_output(output, sources)
     keep_apart(output, weights)
+    _check_plot(plot, output, weights, sources)
     from gradleak.labels.paper_search import PaperOptions
     from gradleak.stages.label import recover_labels
 
@@ -128,18 +144,48 @@ def command(
             device=device,
             seed=seed,
         )
-        return (
-            outcome
-            if isinstance(outcome, GradleakError)
-            else (_report(source, outcome), outcome.bundle)
-            for source, outcome in zip(sources, outcomes, strict=True)
-        )
+        for source, outcome in zip(sources, outcomes, strict=True):
+            if isinstance(outcome, GradleakError):
+                yield outcome
+                continue
+            if plot is not None:
+                _draw(plot, source, weights, outcome)
+            yield _report(source, outcome, plot), outcome.bundle
 
     console = Console(json=json, quiet=quiet, outputs=outputs)
     run_stage_on_all(console, NAME, sources, work, _NOTHING)
 
 
-def _report(source: str, outcome: LabelOutcome) -> Report:
+def _check_plot(
+    plot: str | None, output: str | None, weights: str | None, sources: list[str]
+) -> None:
+    """Refuse, before any work, a picture that cannot be drawn or would replace another file."""
+    if plot is None:
+        return
+    if len(sources) > 1:
+        raise UsageError(
+            f"--plot takes one input, and {len(sources)} were given",
+            "run the command once per input",
+        )
+    if plot == STDIO:
+        raise UsageError("--plot does not go to standard output", "give it a file name")
+    from gradleak.plots import check_plot
+
+    check_plot(plot)
+    check_output(plot)
+    keep_apart(plot, output, weights, *sources)
+
+
+def _draw(plot: str, source: str, weights: str | None, outcome: LabelOutcome) -> None:
+    from gradleak.plots import save_label_plot
+    from gradleak.stages.label import label_curves
+
+    curves = label_curves(outcome, weights=weights)
+    title = "standard input" if source == STDIO else Path(source).name
+    save_label_plot(plot, curves, outcome.result, printable(title))
+
+
+def _report(source: str, outcome: LabelOutcome, plot: str | None) -> Report:
     result = outcome.result
     rows = [("verdict", f"{result.verdict}: {result.reason}")]
     if len(result.samples) == 1:
@@ -165,6 +211,8 @@ def _report(source: str, outcome: LabelOutcome) -> Report:
         ("column sums", f"{number(result.column_sums)} of the gradient's size (Theorem 1: 0)"),
         ("solved in", f"{1e3 * result.seconds:.1f} ms on {outcome.device}"),
     ]
+    if plot is not None:
+        rows.append(("wrote", plot))
     data: dict[str, object] = {
         "input": source,
         "stage": NAME,
@@ -180,6 +228,7 @@ def _report(source: str, outcome: LabelOutcome) -> Report:
         "column_sums": result.column_sums,
         "alternatives": [_sample(sample) for sample in result.alternatives],
         "intervals": [[i.low, i.high] for i in result.intervals],
+        "plot": plot,
         "head": outcome.head,
         "device": outcome.device,
         "seconds": result.seconds,

@@ -14,6 +14,7 @@ from gradleak.bundle import LABEL, Bundle, StageRecord
 from gradleak.device import resolve_device
 from gradleak.errors import GradleakError, UsageError
 from gradleak.head import Head, read_head
+from gradleak.labels.curves import Curves, scale_curves
 from gradleak.labels.options import LabelOptions
 from gradleak.labels.paper import recover_paper, require_family
 from gradleak.labels.paper_search import PaperOptions
@@ -273,3 +274,13 @@ def _outcome(
     found = {} if result.labels is None else {LABEL: result.labels}
     extended = bundle.extended(found, record=record)
     return LabelOutcome(extended, result, head.name, str(attack.device))
+
+
+def label_curves(outcome: LabelOutcome, *, weights: Path | str | None = None) -> Curves:
+    """Sample the search behind an ``outcome`` over the scale, for a picture of it.
+
+    ``weights`` are those that ``recover_label`` was given. Raises
+    :class:`UsageError` unless the gradient is of a single sample.
+    """
+    layer = read_head(outcome.bundle, name=outcome.head, weights=weights, device=outcome.device)
+    return scale_curves(layer.grad_weight, layer.weight, layer.bias, outcome.result)

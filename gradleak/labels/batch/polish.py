@@ -1,4 +1,4 @@
-"""Solving for all samples of a batch at once: U S = (1/N) Σ δ_n a_nᵀ (ALGORITHMS §4).
+"""Solving for all samples of a batch at once: U S = (1/M) Σ δ_n a_nᵀ (ALGORITHMS §4).
 
 Every sample's equations alone leave some of the gradient's information unused: together the samples
 must reproduce the gradient itself. The residual of that is the certificate, and its curvature gives
@@ -46,7 +46,7 @@ class Labels:
 class Polished:
     """All samples: coordinates ``a`` (M, n), ``labels`` and ``deltas`` (M, C).
 
-    ``misfit`` is ‖(1/N) Σ δ_n a_nᵀ − U S‖; ``freedom`` = equations − unknowns; ``covariance``
+    ``misfit`` is ‖(1/M) Σ δ_n a_nᵀ − U S‖; ``freedom`` = equations − unknowns; ``covariance``
     (M, n + q, n + q) that of each sample's unknowns for entries of unit variance.
     """
 
@@ -126,7 +126,7 @@ def _evaluate(subspace: Subspace, unknowns: Tensor, labels: Labels) -> _Fit:
     a = unknowns[:, : subspace.size]
     p = subspace.probabilities(a)
     deltas = p - replace(labels, weights=unknowns[:, subspace.size :]).dense()
-    misfit = deltas.T @ a / subspace.samples - subspace.left * subspace.values
+    misfit = deltas.T @ a / subspace.mass - subspace.left * subspace.values
     ones = a.new_zeros(len(a))
     if subspace.unit_row is not None:
         ones = (a @ subspace.unit_row - 1.0) * _one_size(subspace)
@@ -142,7 +142,7 @@ def _equations(subspace: Subspace, count: int) -> int:
 
 def _one_size(subspace: Subspace) -> float:
     """Return what an error of the known coordinate weighs: as if it were in the gradient."""
-    return 1.0 / subspace.samples
+    return 1.0 / subspace.mass
 
 
 def _normal_equations(
@@ -150,10 +150,10 @@ def _normal_equations(
 ) -> tuple[Tensor, Tensor]:
     """Return JᵀJ (M·m, M·m) and Jᵀ misfit (M·m,) of the m = n + q unknowns of each sample.
 
-    A change (da, dβ) of sample s moves the gradient by (B_s dθ a_sᵀ + δ_s daᵀ) / N, with
+    A change (da, dβ) of sample s moves the gradient by (B_s dθ a_sᵀ + δ_s daᵀ) / M, with
     B_s = [∂p/∂a, −basis]: the inner products of such matrices need no matrix of that size.
     """
-    n, samples = subspace.size, subspace.samples
+    n, mass = subspace.size, subspace.mass
     a, h = unknowns[:, :n], subspace.logits
     count, m = unknowns.shape
     slope = fit.p[:, :, None] * (h - (fit.p @ h)[:, None])
@@ -170,7 +170,7 @@ def _normal_equations(
     normal[:, :n, :, :n] += products
     pull = torch.einsum("scm,cj,sj->sm", b, fit.misfit, a)
     pull[:, :n] += fit.deltas @ fit.misfit
-    normal, pull = normal / samples**2, pull / samples
+    normal, pull = normal / mass**2, pull / mass
     if subspace.unit_row is not None:
         row = _one_size(subspace) * subspace.unit_row
         each = torch.arange(count, device=a.device)

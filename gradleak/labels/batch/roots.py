@@ -1,12 +1,13 @@
 """The roots of one sample's equations within a batch, from many starts at once (ALGORITHMS §4).
 
-    (I − QQᵀ) ( softmax(H a + b) − Σ_k β_k e_k ) = 0,    aᵀS⁻¹c = N,    H = W V,
+    (I − QQᵀ) ( softmax(H a + b) − Σ_k β_k e_k ) = 0,    aᵀS⁻¹c = M,    H = W V,
 
 for the coordinates a of the sample's feature; the weights β of a given support are eliminated, and
 c = Uᵀ(softmax(H a + b) − Σ_k β_k e_k) are the coordinates of its delta. The first residual is
 measured in units of the delta, ‖r‖ / ‖c‖, since it vanishes trivially where the delta does (a
 saturated softmax, or a = 0 beside a free base). The second equation fixes the scale of a, on which
-a free base leaves the first almost no hold. A bias gradient adds a third, unit_row · a = 1.
+a free base leaves the first almost no hold. A bias gradient adds a third, unit_row · a = 1. Where
+the scale of the loss, and so M, is unknown, the second is left out.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ _TINY = 1e-300
 _RIDGE = 1e-12
 _MEMBERSHIP = 0.3
 _CONVERGED, _STUCK = 1e-26, 1e9
+# A descent that gains less than this factor in so many steps has arrived, or no root before it.
+_PATIENCE, _GAIN = 6, 0.5
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Roots:
 
     ``a`` and ``c`` (M, n) are the coordinates of feature and delta, ``classes`` and ``weights``
     (M, k) the support and the label's weights on it, beside a base. ``misfit`` (M,) is ‖r‖² / ‖c‖²,
-    ``membership`` (M,) aᵀS⁻¹c / N.
+    ``membership`` (M,) aᵀS⁻¹c / M.
     """
 
     a: Tensor
@@ -84,6 +87,7 @@ class Equations:
     def __init__(self, subspace: Subspace, base: bool) -> None:
         """Prepare the products of Q and H that every evaluation needs."""
         self.subspace = subspace
+        self.hold = _MEMBERSHIP**2 * float(subspace.mass_known)
         self.q = span(subspace, base)
         h = subspace.logits
         self.hh = (h[:, :, None] * h[:, None, :]).flatten(1)
@@ -95,6 +99,7 @@ class Equations:
         damping = torch.full_like(state.objective, 1e-2)
         ends: list[Roots] = []
         index, order = torch.arange(len(a), device=a.device), []
+        before = state.objective
         for step in range(1, steps + 1):
             trial = self._evaluate(state.a + self._step(state, classes, damping), classes)
             better = trial.objective < state.objective
@@ -103,6 +108,9 @@ class Equations:
             )
             damping = torch.where(better, damping * 0.3, damping * 5.0)
             done = (state.objective < _CONVERGED) | (damping > _STUCK)
+            if step % _PATIENCE == 0:
+                done |= state.objective > _GAIN * before
+                before = state.objective
             if step == steps:
                 done = torch.ones_like(done)
             if bool(done.any()):
@@ -113,7 +121,12 @@ class Equations:
                 continue
             if not bool(left.any()):
                 break
-            classes, damping, index = classes[left], damping[left], index[left]
+            classes, damping, index, before = (
+                classes[left],
+                damping[left],
+                index[left],
+                before[left],
+            )
             state = _State(**{k: v[left] for k, v in vars(state).items()})
         return Roots.join(ends).take(torch.cat(order).argsort())
 
@@ -138,7 +151,7 @@ class Equations:
         own = c[:, : self.subspace.size]
         membership = self.subspace.membership(a, own)
         objective = square / own.square().sum(1).clamp(min=_TINY)
-        objective = objective + _MEMBERSHIP**2 * (membership - 1.0).square()
+        objective = objective + self.hold * (membership - 1.0).square()
         if self.subspace.unit_row is not None:
             objective = objective + _MEMBERSHIP**2 * (a @ self.subspace.unit_row - 1.0).square()
         return _State(
@@ -175,10 +188,11 @@ class Equations:
         pull = pull - state.square[:, None] * log
         along = state.a / self.subspace.values
         member = c / self.subspace.values + (c_slope.mT @ along[..., None]).squeeze(-1)
-        member = member / self.subspace.samples
+        member = member / self.subspace.mass
+        held = size * self.hold
+        normal = normal + held[..., None] * member[:, :, None] * member[:, None]
+        pull = pull + held * (state.membership - 1.0)[:, None] * member
         size = size * _MEMBERSHIP**2
-        normal = normal + size[..., None] * member[:, :, None] * member[:, None]
-        pull = pull + size * (state.membership - 1.0)[:, None] * member
         row = self.subspace.unit_row
         if row is not None:
             normal = normal + size[..., None] * row[:, None] * row

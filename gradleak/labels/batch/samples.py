@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,10 +14,13 @@ from gradleak.labels.batch.screening import propose
 from gradleak.labels.batch.subspace import Subspace
 from gradleak.softlabels import Family
 
+ROUNDS = 6
+"""Rounds of a search, each with more starts than the one before."""
+
 # Starts of a family in a round: so many for each sample that is left, and some.
 _STARTS, _MORE = 8, 16
-_ROUNDS, _STEPS, _REFINEMENTS = 6, 40, 15
-# In what is left of a subspace, ‖r‖²/‖c‖² and |aᵀS⁻¹c/N − 1| below which an end is worth a look.
+_STEPS, _REFINEMENTS = 40, 15
+# In what is left of a subspace, ‖r‖²/‖c‖² and |aᵀS⁻¹c/M − 1| below which an end is worth a look.
 _PROMISING, _NEARLY = 1e-7, 1e-2
 # In the whole one: an end is a sample if both are within this many standard deviations.
 _SIGMAS = 8.0
@@ -40,19 +43,25 @@ def find_samples(
     families: Sequence[Family],
     generator: torch.Generator,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    found: Sequence[Found] = (),
+    rounds: Iterable[int] = range(ROUNDS),
 ) -> list[Found]:
     """Find the samples of a batch, each taken out of the gradient once it is found.
 
     Every round tries all ``families``, with more and wilder starts than the one before, the more
     successful families first. An end of a descent is recognised as a sample by Wedderburn's
-    identity after it was refined in the whole subspace. ``progress`` is told found and all.
+    identity after it was refined in the whole subspace. ``progress`` is told found and all. What
+    was ``found`` in earlier ``rounds`` is returned with the rest.
     """
-    found: list[Found] = []
-    left = whole
-    score = {family.name: 0 for family in families}
-    for round_ in range(_ROUNDS):
+    found = list(found)
+    left = _without(whole, found)
+    score = {
+        family.name: sum(len(f.roots.a) for f in found if f.family == family) for family in families
+    }
+    for round_ in rounds:
         for family in sorted(families, key=lambda f: -score[f.name]):
-            while left.size > 0:
+            while left.size > 0 and overdetermined(left, family):
                 roots = _search(whole, left, family, round_, generator)
                 if len(roots.a):
                     roots = _distinct(whole, roots, found)
@@ -60,14 +69,51 @@ def find_samples(
                     break
                 found.append(Found(roots, family))
                 score[family.name] += len(roots.a)
-                a = torch.cat([f.roots.a for f in found])
-                c = torch.cat([f.roots.c for f in found])
-                left = whole.without(a, c)
+                left = _without(whole, found)
                 if progress is not None:
                     progress(whole.size - left.size, whole.size)
         if left.size == 0:
             break
     return found
+
+
+def _without(whole: Subspace, found: Sequence[Found]) -> Subspace:
+    """Return what is left of the subspace once the samples found are taken out."""
+    if not found:
+        return whole
+    return whole.without(
+        torch.cat([f.roots.a for f in found]), torch.cat([f.roots.c for f in found])
+    )
+
+
+def find_mass(
+    whole: Subspace, families: Sequence[Family], generator: torch.Generator
+) -> float | None:
+    """Find M = aᵀS⁻¹c from samples that are recognised without it, or None.
+
+    A label without a base has a scale of its own. Two samples at least must agree on M.
+    """
+    free = replace(whole, mass=1.0, mass_known=False)
+    for family in families:
+        if family.base or not overdetermined(free, family):
+            continue
+        starts = propose(free, family.support, family.base, _STARTS * free.size + _MORE)
+        ends = Equations(free, family.base).descend(starts.a, starts.classes, _STEPS)
+        inside = ends.weights.amin(1) > -_MEMBER
+        ends = ends.take((excess_of(free, ends) < _SIGMAS**2) & inside & (ends.membership > 0))
+        if not len(ends.a):
+            continue
+        mass = float(ends.membership.median())
+        agree = ends.take((ends.membership / mass - 1.0).abs() < _MEMBER)
+        if len(_distinct(replace(free, mass=mass), agree, []).a) >= 2:
+            return mass
+    return None
+
+
+def overdetermined(left: Subspace, family: Family) -> bool:
+    """Return whether one sample alone has more equations than unknowns: C > 2n + q."""
+    known = 0 if left.unit_row is None else 1
+    return left.classes + known > 2 * left.size + family.parameters
 
 
 def _search(
@@ -100,15 +146,15 @@ def belongs(whole: Subspace, roots: Roots) -> Tensor:
 
 
 def _member(subspace: Subspace, roots: Roots, tolerance: float) -> Tensor:
-    """Return (M,) whether aᵀS⁻¹c / N is one, but for ``tolerance`` and what noise makes of it."""
+    """Return (M,) whether aᵀS⁻¹c / M is one, but for ``tolerance`` and what noise makes of it."""
     allowed = tolerance + _SIGMAS * _crosstalk(subspace, roots.a, roots.c)
     return (roots.membership - 1.0).abs() < allowed
 
 
 def _crosstalk(subspace: Subspace, a: Tensor, c: Tensor) -> Tensor:
-    """Return (M,) the standard deviation of aᵀS⁻¹c / N under noise: τ ‖S⁻¹a‖ ‖S⁻¹c‖ / N."""
+    """Return (M,) the standard deviation of aᵀS⁻¹c / M under noise: τ ‖S⁻¹a‖ ‖S⁻¹c‖ / M."""
     sizes: Tensor = (a / subspace.values).norm(dim=1) * (c / subspace.values).norm(dim=1)
-    return subspace.noise * sizes / subspace.samples
+    return subspace.noise * sizes / subspace.mass
 
 
 def excess_of(whole: Subspace, roots: Roots) -> Tensor:
@@ -137,7 +183,7 @@ def _distinct(subspace: Subspace, roots: Roots, found: Sequence[Found]) -> Roots
         if a:
             left, right = torch.cat(a) / subspace.values, torch.cat(c)
             across = (right @ (roots.a[m] / subspace.values)).abs().max()
-            across = torch.maximum(across, (left @ roots.c[m]).abs().max()) / subspace.samples
+            across = torch.maximum(across, (left @ roots.c[m]).abs().max()) / subspace.mass
             if bool(across > _DISTINCT + blur[m]):
                 continue
         chosen.append(m)

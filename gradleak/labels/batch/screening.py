@@ -1,7 +1,7 @@
 """Where to start: which classes a label may rest on, and how large its feature is (ALGORITHMS §4).
 
-The row of the gradient of a class k is G_k = (1/N) Σ_n (p_nk − y_nk) x_n. If one sample n alone
-rests on k, then −N G_k is y_nk x_n, up to what all rows have in common; so every class proposes a
+The row of the gradient of a class k is G_k = (1/M) Σ_n (p_nk − y_nk) x_n. If one sample n alone
+rests on k, then −M G_k is y_nk x_n, up to what all rows have in common; so every class proposes a
 direction, and the scale is left. At each of a few scales p is known, and the label that suits it
 best is a linear least-squares problem over span(U): with K = I − QQᵀ the support {i, j} needs
 entries of K p and K alone, so all partners j of i are tried in a few matrix operations.
@@ -19,11 +19,13 @@ from gradleak.labels.batch.subspace import Subspace
 
 # The feature is the row's over the label's entry there.
 _SCALES = (0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 6.0)
-# Proposing classes at most, by the size of their part of the gradient.
-_PROPOSERS = 512
+# Where the loss is of unknown scale: ranges of the logits, from nearly none to saturation.
+_RANGES, _FROM, _TO = 16, 0.1, 60.0
+# Classes that propose, by the size of their part of the gradient: some, and some for each sample.
+_PROPOSERS, _PROPOSERS_EACH = 64, 8
 _KEPT_SCALES = 3
 _SMALLEST = 0.01
-_TINY = 1e-12
+_TINY = 1e-9
 
 
 @dataclass(frozen=True)
@@ -44,17 +46,35 @@ def propose(subspace: Subspace, size: int, base: bool, count: int) -> Starts:
     sums = rows @ subspace.right.sum(0)
     # Rows of classes outside every label are averages of the features, weighted by p.
     typical = rows[sums.argsort()[subspace.classes // 2 :]].mean(0)
-    direction = -subspace.samples * (rows - typical)
-    first = direction.norm(dim=1).topk(min(_PROPOSERS, len(rows))).indices
+    direction = -subspace.mass * (rows - typical)
+    proposers = min(_PROPOSERS + _PROPOSERS_EACH * subspace.size, len(rows))
+    first = direction.norm(dim=1).topk(proposers).indices
     direction = direction[first]
+    if not subspace.mass_known:
+        return _keep(subspace, _at_ranges(subspace, direction), first, size, base, count)
     scales = torch.tensor(_SCALES, dtype=rows.dtype, device=rows.device)
     if subspace.unit_row is not None:  # a bias gradient knows the scale, up to what the row blurs
         one = direction @ subspace.unit_row
         direction = torch.where((one > 0)[:, None], direction / one[:, None].abs(), direction)
         scales = scales[:4]
     a = scales[:, None, None] * direction
+    return _keep(subspace, a, first, size, base, count)
+
+
+def _at_ranges(subspace: Subspace, direction: Tensor) -> Tensor:
+    """Return (T, M, n) the directions at scales that spread the logits over given ranges."""
+    logits = direction @ subspace.logits.T
+    spread = (logits.amax(1) - logits.amin(1)).clamp(min=1e-300)
+    steps = torch.linspace(0.0, 1.0, _RANGES, dtype=direction.dtype, device=direction.device)
+    ranges = _FROM * (_TO / _FROM) ** steps
+    return (ranges[:, None] / spread)[..., None] * direction
+
+
+def _keep(
+    subspace: Subspace, a: Tensor, first: Tensor, size: int, base: bool, count: int
+) -> Starts:
+    """Weigh all starts and keep the best few scales of a class, and the best of all those."""
     best = _weigh(subspace, a, first, size, base)
-    # The best few scales of a class are enough.
     value, at = best.misfit.topk(_KEPT_SCALES, 0, largest=False)
     classes = torch.gather(best.classes, 0, at[..., None].expand(*at.shape, size))
     a = torch.gather(a, 0, at[..., None].expand(*at.shape, a.shape[-1]))
@@ -63,9 +83,12 @@ def propose(subspace: Subspace, size: int, base: bool, count: int) -> Starts:
 
 
 def _weigh(subspace: Subspace, a: Tensor, first: Tensor, size: int, base: bool) -> Starts:
-    """Fit the label to p at coordinates ``a`` (T, M, n) with the class ``first`` (M,) in it."""
-    q = span(subspace, base)
-    p = subspace.probabilities(a)
+    """Fit the label to p at coordinates ``a`` (T, M, n) with the class ``first`` (M,) in it.
+
+    Ranking needs no more than float32.
+    """
+    q = span(subspace, base).float()
+    p = torch.softmax(a.float() @ subspace.logits.T.float() + subspace.bias.float(), -1)
     projected = p @ q
     pull = p - projected @ q.T  # K p
     own = (1.0 - q.square().sum(1)).clamp(min=_TINY)

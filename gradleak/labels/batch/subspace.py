@@ -1,12 +1,13 @@
 """A batch in its own subspace (ALGORITHMS §4).
 
-The head gradient of N samples has rank N: G = (1/N) Σ δ_n x_nᵀ = U S Vᵀ. Every feature is
-x_n = V a_n and every delta δ_n = U c_n, with a_n and c_n of N numbers each, and
+The head gradient of N samples has rank N: G = (1/M) Σ δ_n x_nᵀ = U S Vᵀ, where M is N for the mean
+of the losses and N/γ if they are multiplied by γ. Every feature is x_n = V a_n and every delta
+δ_n = U c_n, with a_n and c_n of N numbers each, and
 
-    S = (1/N) Σ c_n a_nᵀ,     so  a_mᵀ S⁻¹ c_n = N if m = n, and 0 otherwise.
+    S = (1/M) Σ c_n a_nᵀ,     so  a_mᵀ S⁻¹ c_n = M if m = n, and 0 otherwise.
 
-The diagonal of the second equation is Wedderburn's rank reduction: taking δ xᵀ/N out of G lowers
-its rank by one exactly when aᵀS⁻¹c = N. So a single sample can be recognised as one of the batch
+The diagonal of the second equation is Wedderburn's rank reduction: taking δ xᵀ/M out of G lowers
+its rank by one exactly when aᵀS⁻¹c = M. So a single sample can be recognised as one of the batch
 without knowing the others, and taken out, which leaves a smaller problem of the same kind.
 """
 
@@ -26,6 +27,8 @@ from gradleak.linalg import effective_precisions, precision
 class Subspace:
     """What is left of a batch of ``samples`` = N: the n that are not taken out yet.
 
+    ``mass`` is M, or 1 where it is not ``mass_known``.
+
     ``left`` (C, n) U, ``values`` (n,) the diagonal of S, ``right`` (D, n) V, ``logits`` (C, n)
     W V, ``bias`` (C,) of the head; all float64. ``noise`` is the standard deviation of one entry of
     the gradient, rounding included, ``noisy`` whether it exceeds rounding, and ``unit`` the
@@ -40,6 +43,8 @@ class Subspace:
     logits: Tensor
     bias: Tensor
     samples: int
+    mass: float
+    mass_known: bool
     noise: float
     noisy: bool
     unit: float
@@ -61,12 +66,12 @@ class Subspace:
         return torch.softmax(a @ self.logits.T + self.bias, -1)
 
     def membership(self, a: Tensor, c: Tensor) -> Tensor:
-        """Return (M,) aᵀS⁻¹c / N, which is one for the samples of the batch."""
-        return (a / self.values * c).sum(1) / self.samples
+        """Return (K,) aᵀS⁻¹c / M, which is one for the samples of the batch; M if unknown."""
+        return (a / self.values * c).sum(1) / self.mass
 
     def without(self, a: Tensor, c: Tensor) -> Subspace:
-        """Take samples with coordinates ``a`` and ``c`` (M, n) out: a subspace of size n − M."""
-        rest = torch.diag(self.values) - c.T @ a / self.samples
+        """Take K samples with coordinates ``a`` and ``c`` (K, n) out, which leaves n − K."""
+        rest = torch.diag(self.values) - c.T @ a / self.mass
         u, s, vh = torch.linalg.svd(rest)
         keep = self.size - len(a)
         turn = vh[:keep].T
@@ -77,6 +82,8 @@ class Subspace:
             logits=self.logits @ turn,
             bias=self.bias,
             samples=self.samples,
+            mass=self.mass,
+            mass_known=self.mass_known,
             noise=self.noise,
             noisy=self.noisy,
             unit=self.unit,
@@ -93,11 +100,12 @@ def subspace_of(
     *,
     rank: Rank,
     samples: int,
+    loss_scale: float | None = 1.0,
 ) -> Subspace:
     """Factorise the head gradient ``(C, D)`` of a batch of ``samples`` = N into its ``rank``.
 
     ``weight`` is (C, D), ``bias`` and ``grad_bias`` (C,) or None. The bias gradient is one more
-    column, that of a feature which is always one.
+    column, that of a feature which is always one. ``loss_scale`` is γ, None if unknown.
     """
     wide, w = gradient.double(), weight.double()
     b = torch.zeros_like(wide[:, 0]) if bias is None else bias.double()
@@ -112,6 +120,8 @@ def subspace_of(
         logits=w @ v,
         bias=b,
         samples=samples,
+        mass=1.0 if loss_scale is None else samples / loss_scale,
+        mass_known=loss_scale is not None,
         noise=rank.noise,
         noisy=rank.noisy,
         unit=max(float(effective_precisions(gradient[None])[0]), precision(weight.dtype)),
