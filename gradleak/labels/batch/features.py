@@ -21,8 +21,7 @@ _AGAIN = "run gradleak recover-label on this bundle"
 class BatchFeatures:
     """The head's inputs ``features`` (M, D) float64, of M labels out of ``samples`` = N.
 
-    ``residual`` is ‖G − (1/N) Σ δ_n x_nᵀ‖ / ‖G‖ of the head gradient re-simulated from them and
-    from the labels given.
+    ``residual`` is that of the head gradient re-simulated from the samples, relative.
     """
 
     features: Tensor
@@ -52,7 +51,7 @@ def features_of_labels(
     found = recover_batch(
         grad_weight, weight, rank=rank, bias=bias, grad_bias=grad_bias, options=options
     )
-    if found.labels is None or found.features is None:
+    if found.labels is None or found.features is None or found.residual is None:
         raise IncompleteError(f"no feature was found: {found.reason}", "share less of the batch")
     given, count = len(labels), len(found.labels)
     if given != count and count == found.batch_size:
@@ -67,12 +66,7 @@ def features_of_labels(
     if apart > _CONSISTENT:
         raise InputError(f"the labels miss those of the head gradient by {apart:.2g}", _AGAIN)
     features = found.features[order.to(found.features.device)]
-    logits = features @ weight.double().T
-    logits = logits if bias is None else logits + bias.double()
-    deltas = torch.softmax(logits, 1) - labels
-    wide = grad_weight.double()
-    rest = torch.addmm(wide, deltas.T, features, alpha=-1.0 / found.batch_size)
-    return BatchFeatures(features, found.batch_size, float(rest.norm() / wide.norm()))
+    return BatchFeatures(features, found.batch_size, found.residual)
 
 
 def _assign(labels: Tensor, found: Tensor) -> Tensor:
