@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradleak.softlabels import soft_label
-
 from heads.sources import Source
 
 FAMILIES = ("hard", "smooth", "mixup", "mixup+smooth")

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from gradleak.models import registry
 from gradleak.models.build import build_model
-
 from heads.training import TASKS, inputs_of, recipes, trained
 
 CONFIDENT = 0.9

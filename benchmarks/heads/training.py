@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from gradleak.models import registry
 from gradleak.models.build import build_model
 from gradleak.normalisation import normalise
-
 from heads.tasks import Task, digits, photograph_crops
 
 CACHE = ROOT / "build" / "heads"
