@@ -120,10 +120,14 @@ def find_candidates(problem: ScaleProblem, table: FamilyTable) -> Tensor:
     runs: tuple[Tensor, ...] = torch.split(scales.flatten(1), run, 1)
     parts = [residual_curves(problem, part, table) for part in runs]
     curves = torch.cat(parts, -1).reshape(-1, *scales.shape)
+    # A grid shorter than the longest of the batch repeats its last point.
+    curves[..., 1:].masked_fill_(scales[..., 1:] == scales[..., :-1], math.inf)
     falls = torch.ones_like(curves, dtype=torch.bool)
     falls[..., 1:] &= curves[..., 1:] <= curves[..., :-1]
     falls[..., :-1] &= curves[..., :-1] <= curves[..., 1:]
     depth = curves.masked_fill(~falls, math.inf)
-    best = depth.topk(min(_KEEP, depth.shape[-1]), -1, largest=False).indices
+    lowest, best = depth.topk(min(_KEEP, depth.shape[-1]), -1, largest=False)
+    # Where there are fewer minima, the lowest stands in.
+    best = torch.where(lowest < math.inf, best, best[..., :1])
     found = scales.expand_as(curves).gather(-1, best)  # (F, B, 2, K)
     return found.flatten(2).movedim(0, 1)
