@@ -65,11 +65,21 @@ def command(
     method: Annotated[
         str,
         typer.Option(
-            help="auto, bias (closed form) or scale (search; a bias gradient is ignored); auto "
-            "takes the closed form where the bias gradient is there.",
+            help="auto, bias (closed form), scale (search; a bias gradient is ignored) or paper "
+            "(the published search, a baseline: --family smooth or mixup); auto takes the closed "
+            "form where the bias gradient is there.",
             rich_help_panel=ATTACK,
         ),
     ] = "auto",
+    paper_divisor: Annotated[
+        float | None,
+        typer.Option(
+            help="With --method paper: what its gradient row is divided by, above 0; published: "
+            "1, 2 or 4, set by hand. Default: 1.",
+            show_default=False,
+            rich_help_panel=ATTACK,
+        ),
+    ] = None,
     head: HeadName = None,
     weights: Weights = None,
     output: OutputBundle = None,
@@ -85,7 +95,10 @@ def command(
     sources = choose_inputs(context, inputs)
     outputs = check_output(output, sources)
     keep_apart(output, weights)
+    from gradleak.labels.paper_search import PaperOptions
     from gradleak.stages.label import recover_label
+
+    paper = None if paper_divisor is None else PaperOptions(divisor=paper_divisor)
 
     def work(source: str, bundle: Bundle) -> tuple[Report, Bundle]:
         outcome = recover_label(
@@ -94,6 +107,7 @@ def command(
             method=method,
             head=head,
             weights=weights,
+            paper=paper,
             device=device,
             seed=seed,
         )
