@@ -15,7 +15,7 @@ from itertools import groupby
 import torch
 from common import Run, this_command, write_result
 from heads.cases import Case, cases
-from heads.identifiable import DETERMINED, DIFFERENT, FITS, Judgement, Truth, judge
+from heads.identifiable import DETERMINED, DIFFERENT, FITS, OPEN, Judgement, Truth, judge
 from heads.outcomes import (
     EXACT,
     SIGMAS,
@@ -86,13 +86,16 @@ def explanation() -> list[str]:
         "bias gradient withheld (untrained heads have no bias, as in the paper).",
         "",
         "*Identifiable* is a referee's word, not the solver's. It knows the truth, works in "
-        "float64 on the given gradient, and shares no code with the solver. Of the equations "
-        "softmax(r W x + b) − δ/r = y, r = 1 at the truth and δ = G x / ‖x‖², it asks: is the "
-        "label's standard error within its own family, from their Jacobian over log r and the "
-        "label's parameters weighted by the rounding u √((1 + max|z|)² p² + δ² + y²), u = 2⁻²⁴, "
-        f"at most {DETERMINED:g}; is an equation left over; and does no label of another class, "
-        f"root or family with as few parameters, more than {DIFFERENT:g} away, fit within {FITS:g} "
-        "roundings (root mean square) at any r of either sign, on a scan of its own.",
+        "float64 on the given gradient, and shares no code with the solver. Its equations are "
+        "softmax(r W x + b) − δ/r = y, r = 1 at the truth, δ = G x / ‖x‖²; its rounding of y is "
+        "u √((1 + max|z| (1 − p))² p² + δ² + y²), u = 2⁻²⁴. It asks four things. Is an equation "
+        "left over? Is the label's standard error within its own family, from the weighted "
+        f"Jacobian over log r and the label's parameters, at most {DETERMINED:g}? With one more "
+        "class in the support, would log r still be known to better than "
+        f"{OPEN:g} (where it is not, because the softmax is saturated at that class, every label "
+        "of the larger family has a double in the smaller)? Does no other label of a family with "
+        f"as few parameters, more than {DIFFERENT:g} away, fit within {FITS:g} roundings (root "
+        "mean square) at any r of either sign, on a scan of its own?",
         "",
         f"*Right*: verdict `unique`, no class off by more than {EXACT:g}. *Imprecise*: `unique`, "
         f"off by more, but within {SIGMAS:g} of the standard errors that the answer states. "

@@ -6,8 +6,11 @@ of the equations softmax(r W x + b) − δ/r = y, with r = 1 at the truth and δ
 1. Is the truth's own family well conditioned there? The Jacobian over (log r, label parameters),
    weighted by the rounding of a float32 softmax, gives the label's standard error.
 2. Is it overdetermined: more classes outside the support that say anything than unknowns?
-3. Does another label of a family with no more parameters fit within rounding, at any r of either
-   sign? A family with more parameters always contains the truth; it is no rival while 2 holds.
+3. Would the scale be open with one more class in the support? Then labels of that larger family
+   all have doubles in the smaller, and nothing tells which of the two a gradient came from.
+4. Does another label of a family with no more parameters fit within rounding, at any r of either
+   sign? A larger family always contains the truth; it is no rival while 2 and 3 hold, because its
+   labels would have to lie on a set of measure zero.
 """
 
 from __future__ import annotations
@@ -24,9 +27,11 @@ SMALLEST = 1e-38
 # A label is determined when its standard error is below DETERMINED; another one is another
 # answer when it differs by more than DIFFERENT; it fits when its misfit is below FITS roundings.
 DETERMINED, DIFFERENT, FITS = 1e-6, 1e-5, 4.0
+# A scale known no better than this, relatively, is open.
+OPEN = 1e-2
 # Steps of the scan in log r while the logits are small, and in r·range(W x) when they are not.
 _LOG_STEP, _STEP, _FROM, _TO, _END = 0.05, 0.3, 6.0, 300.0, 3000.0
-_KEEP, _GOLDEN_STEPS = 4, 45
+_KEEP, _CANDIDATES, _GOLDEN_STEPS = 4, 3, 45
 _GOLDEN = 0.5 * (5.0**0.5 - 1.0)
 
 
@@ -71,69 +76,114 @@ class Truth:
         total = torch.logsumexp(logits, 1, keepdim=True)
         p = (logits[:, classes] - total).exp()
         # A float32 softmax times Σy does not sum to one, an error that all classes share.
+        blur = p * (1.0 + largest * (1.0 - p))  # an error of the logits, as the softmax takes it
         p = p * (1.0 + self.delta.sum() / r)[:, None]
         share = self.delta[classes] / r[:, None]
         y = p - share
-        error = (p * (1.0 + largest)).square() + share.square() + y.square()
+        error = blur.square() + share.square() + y.square()
         floor = SMALLEST * (1.0 + 1.0 / r.abs())[:, None]
         return y, ROUNDING * error.sqrt() + floor
 
 
 def judge(truth: Truth, family: str) -> Judgement:
     """Judge one gradient whose label is of ``family``."""
-    own = next(f for f in FAMILIES if f.name == family)
-    error, misfit, spare = _conditioning(truth, own)
-    rivals, found = _rivals(truth, own)
-    reason = ""
     if not bool((truth.delta != 0).any()):
-        reason = "the gradient is zero"
-    elif spare < 1:
+        return Judgement(False, "the gradient is zero", float("inf"), 0.0, True)
+    own = next(f for f in FAMILIES if f.name == family)
+    at = _At.truth(truth)
+    top = truth.label.topk(own.support).indices
+    misfit = at.misfit(truth.label, top)
+    blur = max(1.0, misfit)
+    spare = at.spare(top, own.base)
+    spread, base = at.errors(top, own.base)
+    error = blur * at.label_error(top, own.base, spread, base)
+    mimic = _mimic(truth, own, at, top)
+    rivals, found = _rivals(truth, own, FITS * blur)
+    reason = ""
+    if spare < 1:
         reason = "no more equations than unknowns"
     elif not error <= DETERMINED:
-        reason = "ill-conditioned: the label's standard error is above 1e-6"
+        reason = f"the label's standard error is above {DETERMINED:g}"
+    elif mimic:
+        reason = "one more class in the support would leave the scale open"
     elif rivals:
         reason = f"a label of the {rivals[0]} family fits as well"
     return Judgement(not reason, reason, error, misfit, found)
 
 
-def _conditioning(truth: Truth, own: Family) -> tuple[float, float, int]:
-    """Return the label's standard error, the truth's misfit, and equations less unknowns."""
-    one = torch.ones(1, dtype=torch.float64)
-    y, noise = (t[0] for t in truth.seen(one))
-    p = torch.softmax(truth.turn + truth.bias, 0)
-    slope = p * (truth.turn - p @ truth.turn) + truth.delta
-    rest = torch.ones_like(y, dtype=torch.bool)
-    top = truth.label.topk(own.support).indices
-    rest[top] = False
-    columns = [slope[rest]] + ([-torch.ones_like(slope[rest])] if own.base else [])
-    jacobian = torch.stack(columns, 1) / noise[rest, None]
-    informative = (p > SMALLEST) | (truth.delta.abs() > SMALLEST)
-    spare = int((rest & informative).sum()) - len(columns)
-    misfit = float(((y - truth.label)[rest] / noise[rest]).square().mean().sqrt())
-    # By a QR of scaled columns: the normal equations would square the condition.
-    size = torch.linalg.vector_norm(jacobian, dim=0)
-    if spare < 0 or not bool((size > 0).all()):
-        return float("inf"), misfit, spare
-    r = torch.linalg.qr(jacobian / size).R
-    if float(r.diagonal().abs().min()) < 1e-12:
-        return float("inf"), misfit, spare
-    half = torch.linalg.inv(r) / size[:, None]
-    errors = [torch.zeros(())]
-    if own.base:
-        base = half[1].norm()
-        errors += [base, base * (len(y) - 1)] if own.support == 1 else [base]
-    if own.support > 1:
-        spread = (slope[top] * half[0].norm()).square() + noise[top].square()
-        errors.append(spread.sqrt().max())
-    return float(max(errors)), misfit, spare
+@dataclass(frozen=True)
+class _At:
+    """The equations at the truth: y (C,), its rounding, its slope in log r, and what says much."""
+
+    y: Tensor
+    noise: Tensor
+    slope: Tensor
+    informative: Tensor
+    p: Tensor
+
+    @classmethod
+    def truth(cls, truth: Truth) -> _At:
+        """Evaluate them at r = 1."""
+        y, noise = (t[0] for t in truth.seen(torch.ones(1, dtype=torch.float64)))
+        p = torch.softmax(truth.turn + truth.bias, 0)
+        slope = p * (truth.turn - p @ truth.turn) + truth.delta
+        return cls(y, noise, slope, (p > SMALLEST) | (truth.delta.abs() > SMALLEST), p)
+
+    def outside(self, top: Tensor) -> Tensor:
+        """Return (C,) which classes are not in the support ``top`` (K,)."""
+        return torch.ones_like(self.informative).scatter(0, top, False)
+
+    def misfit(self, label: Tensor, top: Tensor) -> float:
+        """Return the root mean square over the rest of y − label in roundings."""
+        rest = self.outside(top)
+        return float(((self.y - label)[rest] / self.noise[rest]).square().mean().sqrt())
+
+    def spare(self, top: Tensor, base: bool) -> int:
+        """Return how many equations there are beyond the unknowns r and the base."""
+        return int((self.outside(top) & self.informative).sum()) - 1 - int(base)
+
+    def errors(self, top: Tensor, base: bool) -> tuple[float, float]:
+        """Return the standard errors of log r and of the base, inf where they are not determined.
+
+        By a QR of scaled columns: the normal equations would square the condition.
+        """
+        rest = self.outside(top)
+        columns = [self.slope[rest], *([-torch.ones_like(self.slope[rest])] if base else [])]
+        jacobian = torch.stack(columns, 1) / self.noise[rest, None]
+        size = torch.linalg.vector_norm(jacobian, dim=0)
+        if len(jacobian) < len(columns) or not bool((size > 0).all()):
+            return float("inf"), float("inf")
+        r = torch.linalg.qr(jacobian / size).R
+        if float(r.diagonal().abs().min()) < 1e-12:
+            return float("inf"), float("inf")
+        half = torch.linalg.inv(r) / size[:, None]
+        return float(half[0].norm()), float(half[1].norm()) if base else 0.0
+
+    def label_error(self, top: Tensor, base: bool, spread: float, of_base: float) -> float:
+        """Return the largest standard error of a class, given those of log r and of the base."""
+        if len(top) == 1:  # its weight is what the base leaves of one
+            return of_base * (len(self.y) - 1) if base else 0.0
+        own = (self.slope[top] * spread).square() + self.noise[top].square()
+        return max(of_base, float(own.sqrt().max()))
 
 
-def _rivals(truth: Truth, own: Family) -> tuple[list[str], bool]:
+def _mimic(truth: Truth, own: Family, at: _At, top: Tensor) -> bool:
+    """Return whether a label with one more class in its support looks like one of ``own``.
+
+    Where the softmax is saturated at a class k outside the support, the equation of k alone may
+    fix the scale. With k in the support nothing does, and every such label has a double in ``own``.
+    """
+    richer = [f for f in FAMILIES if (f.support, f.base) == (own.support + 1, own.base)]
+    if not richer or len(truth.label) < own.support + 2:
+        return False
+    candidates = at.p.masked_fill(~at.outside(top), -1.0).topk(_CANDIDATES).indices
+    return any(at.errors(torch.cat([top, k[None]]), own.base)[0] > OPEN for k in candidates)
+
+
+def _rivals(truth: Truth, own: Family, allowed: float) -> tuple[list[str], bool]:
     """Return the families of other labels that fit within rounding, and if the truth was met."""
     families = [f for f in FAMILIES if f.parameters <= own.parameters]
     families = [f for f in families if len(truth.label) - f.support - int(f.base) >= 2]
-    if not bool((truth.delta != 0).any()):
-        return [], True
     support = torch.tensor([f.support for f in families])
     base = torch.tensor([f.base for f in families])
     grids = _grid(truth)
@@ -156,11 +206,11 @@ def _rivals(truth: Truth, own: Family) -> tuple[list[str], bool]:
     r = _golden(truth, torch.cat(low), torch.cat(high), support[family], base[family])
     y, noise = truth.seen(r)
     square, middle, inside = _misfit(y, noise, support[family], base[family])
-    fits = (square / (~inside).sum(1)).sqrt() <= FITS
+    fits = (square / (~inside).sum(1)).sqrt() <= allowed
     label = torch.where(inside, y, middle[:, None])
     lone = (support[family] == 1)[:, None] & inside
     label = torch.where(lone, 1.0 - (len(truth.label) - 1) * middle[:, None], label)
-    slack = FITS * noise.amin(1)
+    slack = allowed * noise.amin(1)
     smallest_inside = torch.where(inside, label, float("inf")).amin(1)
     fits &= (middle >= -slack) & (smallest_inside > middle)
     apart = (label - truth.label).abs().amax(1)
