@@ -31,7 +31,7 @@ DETERMINED, DIFFERENT, FITS = 1e-6, 1e-5, 4.0
 OPEN = 1e-2
 # Steps of the scan in log r while the logits are small, and in r·range(W x) when they are not.
 _LOG_STEP, _STEP, _FROM, _TO, _END = 0.05, 0.3, 6.0, 300.0, 3000.0
-_KEEP, _CANDIDATES, _GOLDEN_STEPS = 4, 3, 45
+_KEEP, _CANDIDATES, _GOLDEN_STEPS = 4, 3, 38
 _GOLDEN = 0.5 * (5.0**0.5 - 1.0)
 
 
@@ -72,7 +72,7 @@ class Truth:
     def seen(self, r: Tensor, classes: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Return y(r) and its rounding error at ratios (M,), both (M, K) for K ``classes``."""
         logits = r[:, None] * self.turn + self.bias
-        largest = logits.abs().amax(1, keepdim=True)
+        largest = r.abs()[:, None] * self.turn.abs().max() + self.bias.abs().max()
         total = torch.logsumexp(logits, 1, keepdim=True)
         p = (logits[:, classes] - total).exp()
         # A float32 softmax times Σy does not sum to one, an error that all classes share.
@@ -191,9 +191,10 @@ def _rivals(truth: Truth, own: Family, allowed: float) -> tuple[list[str], bool]
     some = _some_classes(truth)
     for grid in (grids, -grids):
         y, noise = truth.seen(grid, some)
+        order = _largest(y)
         for place in range(len(families)):
             ones = torch.ones_like(grid, dtype=torch.int64)
-            depth = _misfit(y, noise, support[place] * ones, base[place] & (ones > 0))[0]
+            depth = _misfit(y, noise, order, support[place] * ones, base[place] & (ones > 0))[0]
             dips = torch.ones_like(depth, dtype=torch.bool)
             dips[1:] &= depth[1:] <= depth[:-1]
             dips[:-1] &= depth[:-1] <= depth[1:]
@@ -202,10 +203,15 @@ def _rivals(truth: Truth, own: Family, allowed: float) -> tuple[list[str], bool]
             low.append(grid[(best - 1).clamp(min=0)])
             high.append(grid[(best + 1).clamp(max=len(grid) - 1)])
             kind.append(torch.full_like(best, place))
-    family = torch.cat(kind)
-    r = _golden(truth, torch.cat(low), torch.cat(high), support[family], base[family])
+    family, ends = torch.cat(kind), (torch.cat(low), torch.cat(high))
+    r, square = _golden(truth, *ends, support[family], base[family], some)
+    # All classes are asked where some of them do not exclude a fit of all.
+    kept = square <= allowed**2 * len(truth.label)
+    r, family, ends = r[kept], family[kept], (ends[0][kept], ends[1][kept])
+    if len(some) < len(truth.label):
+        r, _ = _golden(truth, *ends, support[family], base[family], slice(None))
     y, noise = truth.seen(r)
-    square, middle, inside = _misfit(y, noise, support[family], base[family])
+    square, middle, inside = _misfit(y, noise, _largest(y), support[family], base[family])
     fits = (square / (~inside).sum(1)).sqrt() <= allowed
     label = torch.where(inside, y, middle[:, None])
     lone = (support[family] == 1)[:, None] & inside
@@ -220,11 +226,15 @@ def _rivals(truth: Truth, own: Family, allowed: float) -> tuple[list[str], bool]
     return [families[int(i)].name for i in family[other]], bool((fits & mine & near).any())
 
 
+def _largest(y: Tensor) -> Tensor:
+    """Return (M, 3) the places of the largest entries of y (M, K), descending."""
+    return y.topk(min(3, y.shape[1] - 1), 1).indices
+
+
 def _misfit(
-    y: Tensor, noise: Tensor, support: Tensor, base: Tensor
+    y: Tensor, noise: Tensor, order: Tensor, support: Tensor, base: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return χ² (M,), the base (M,) and the support (M, K) of a family each at y(r) (M, K)."""
-    order = y.topk(min(3, y.shape[1] - 1), 1).indices
     chosen = torch.arange(order.shape[1]) < support[:, None]
     inside = torch.zeros_like(y, dtype=torch.bool).scatter(1, order, chosen)
     weight = noise.square().reciprocal().masked_fill(inside, 0.0)
@@ -233,11 +243,22 @@ def _misfit(
     return (weight * (y - middle[:, None]).square()).sum(1), middle, inside
 
 
-def _golden(truth: Truth, low: Tensor, high: Tensor, support: Tensor, base: Tensor) -> Tensor:
-    """Return the places (M,) of the smallest misfit within brackets (M,), by golden section."""
+def _golden(
+    truth: Truth,
+    low: Tensor,
+    high: Tensor,
+    support: Tensor,
+    base: Tensor,
+    classes: Tensor | slice,
+) -> tuple[Tensor, Tensor]:
+    """Return where the misfit is smallest between ``low`` and ``high``, and the misfit, both (M,).
+
+    By golden section.
+    """
 
     def depth(r: Tensor) -> Tensor:
-        return _misfit(*truth.seen(r), support, base)[0]
+        y, noise = truth.seen(r, classes)
+        return _misfit(y, noise, _largest(y), support, base)[0]
 
     left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
     at_left, at_right = depth(left), depth(right)
@@ -248,7 +269,7 @@ def _golden(truth: Truth, low: Tensor, high: Tensor, support: Tensor, base: Tens
         at_new = depth(new)
         left, right = torch.where(down, new, right), torch.where(down, left, new)
         at_left, at_right = torch.where(down, at_new, at_right), torch.where(down, at_left, at_new)
-    return torch.where(at_left < at_right, left, right)
+    return torch.where(at_left < at_right, left, right), torch.minimum(at_left, at_right)
 
 
 def _grid(truth: Truth) -> Tensor:
