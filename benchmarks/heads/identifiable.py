@@ -27,10 +27,11 @@ SMALLEST = 1e-38
 # A label is determined when its standard error is below DETERMINED; another one is another
 # answer when it differs by more than DIFFERENT; it fits when its misfit is below FITS roundings.
 DETERMINED, DIFFERENT, FITS = 1e-6, 1e-5, 4.0
-# A scale known no better than this, relatively, is open.
-OPEN = 1e-2
+# A log r known no better than this is open: a label of the larger family would have a double with
+# a chance of √2π times this, one in a hundred.
+OPEN = 4e-3
 # Steps of the scan in log r while the logits are small, and in r·range(W x) when they are not.
-_LOG_STEP, _STEP, _FROM, _TO, _END = 0.05, 0.3, 6.0, 300.0, 3000.0
+_LOG_STEP, _STEP, _FROM, _TO, _END = 0.08, 0.4, 5.0, 300.0, 3000.0
 _KEEP, _CANDIDATES, _GOLDEN_STEPS = 4, 3, 38
 _GOLDEN = 0.5 * (5.0**0.5 - 1.0)
 
