@@ -100,12 +100,13 @@ def _compare(result: LabelResult, batch: Batch) -> tuple[int, float, float]:
 
 def cases(draws: int, small: int, samples: Sequence[int]) -> Iterator[Case]:
     """Yield every case of the tables, draw by draw, so that an early end leaves all cells."""
-    for seed in range(draws):
-        for cell in itertools.product(HEADS, CLASSES, samples, FAMILIES):
-            yield Case(*cell, seed)
-    for seed in range(small):
-        for n, family in itertools.product(SMALL_SAMPLES, FAMILIES):
-            yield Case(RANDOM, SMALL_CLASSES, n, family, seed)
+    for seed in range(max(draws, small)):
+        if seed < draws:
+            for cell in itertools.product(HEADS, CLASSES, samples, FAMILIES):
+                yield Case(*cell, seed)
+        if seed < small:
+            for n, family in itertools.product(SMALL_SAMPLES, FAMILIES):
+                yield Case(RANDOM, SMALL_CLASSES, n, family, seed)
 
 
 COLUMNS = (
@@ -223,7 +224,7 @@ def main() -> None:
     """Run the table; ``--draws`` batches a cell."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draws", type=int, default=20, help="batches a cell (default 20)")
-    parser.add_argument("--small", type=int, default=20, help="batches a cell at C = 10")
+    parser.add_argument("--small", type=int, default=5, help="batches a cell at C = 10")
     parser.add_argument("--samples", type=int, nargs="+", default=SAMPLES, help="N of the table")
     parser.add_argument("--bank", type=int, default=640, help="photograph crops in the bank")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")

@@ -94,8 +94,11 @@ class ScaleProblem:
 
     def variance(self, point: Point) -> Tensor:
         """Return (B, M, C) the variance of y(s): rounding of p, δ and y, and the additive noise."""
-        relative = self.rounding(point)[..., None]
-        rounding = (relative * (point.p + point.delta.abs() + _UNDERFLOW)).square()
+        own = (_SOFTMAX_ROUNDINGS * self.unit)[:, None]
+        # Errors of the logits pass through the softmax: a probability near one hardly feels them.
+        felt = torch.addcmul(own[..., None], (self.rounding(point) - own)[..., None], 1.0 - point.p)
+        size = point.delta.abs().add_(_UNDERFLOW).mul_(own[..., None])
+        rounding = torch.addcmul(size, felt, point.p).square_()
         if not self.noisy:
             return rounding
         # Noise reaches y through u, alike for every class, and through v, which turns the logits.

@@ -110,17 +110,20 @@ def refine(problem: ScaleProblem, candidates: Tensor, table: FamilyTable) -> Fit
     scale, _ = _descend(problem, scale, table, family, weighted=True, steps=_WEIGHTED_STEPS)
     fits = describe(problem, scale, family, table, scale_known=False)
     quality = torch.where(fits.feasible, fits.chi2 / fits.freedom.clamp(min=1), math.inf)
-    answer = scale.gather(-1, quality.argmin(-1, keepdim=True))
-    doubtful = (problem.noise == 0) & _saturated(problem, answer)
+    evidence = log_evidence(problem, fits, table, torch.ones_like(problem.sigma))
+    likeliest = evidence.masked_fill(~fits.feasible, -math.inf)
+    chosen = torch.stack([quality.argmin(-1), likeliest.argmax(-1)], -1)
+    answers = scale.gather(-1, chosen)
+    doubtful = (problem.noise == 0) & _saturated(problem, answers)
     (index,) = torch.where(doubtful)
     if not len(index):
         return fits
     # A label at the edge of what a larger family allows is one of many if that family is flat
     # there: ask every family just inside.
     nearby = 1.0 + torch.tensor(_NEARBY, dtype=scale.dtype, device=scale.device)
-    count = len(table.support)
-    more = torch.arange(count, device=scale.device).repeat_interleave(len(_NEARBY))
-    around = (answer[index] * nearby).repeat(1, count)
+    around = (answers[index][..., None] * nearby).flatten(1)
+    more = torch.arange(len(table.support), device=scale.device)
+    more, around = more.repeat_interleave(around.shape[1]), around.repeat(1, len(more))
     return _joined(
         fits, describe(problem.part(index), around, more, table, scale_known=False), index
     )
@@ -138,11 +141,14 @@ def _joined(fits: Fits, more: Fits, index: Tensor) -> Fits:
     return Fits(**fields)
 
 
-def _saturated(problem: ScaleProblem, scale: Tensor) -> Tensor:
-    """Return (B,) whether the classes beyond the few largest have next to no probability left."""
-    p = problem.at(scale).p[:, 0]
+def _saturated(problem: ScaleProblem, scales: Tensor) -> Tensor:
+    """Return (B,) whether beyond the few largest classes next to no probability is left.
+
+    At any of the ``scales`` (B, M).
+    """
+    p = problem.at(scales).p
     beyond = p.sum(-1) - p.topk(min(3, p.shape[-1]), -1).values.sum(-1)
-    return beyond < _SATURATED
+    return (beyond < _SATURATED).any(-1)
 
 
 def _flatten(scale: Tensor) -> tuple[Tensor, Tensor]:

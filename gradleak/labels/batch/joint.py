@@ -3,29 +3,33 @@
 One sample's equations are C − n for n + q unknowns; together the N samples have (C − 1) N equations
 for N (N + q), so there are batches that only the joint solve can answer. Given which classes the
 labels rest on, Levenberg–Marquardt finds all features at once from almost any start; so the classes
-are what is searched for, the most plausible assignments first.
+are what is searched for. One class a sample: all assignments, the most plausible first. Two: from
+random starts, the two that each sample's implied label is largest at, again and again on the way.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from gradleak.labels.batch.polish import Labels
+from gradleak.labels.batch.descent import Hypotheses, descend, guesses, implied_labels
+from gradleak.labels.batch.polish import Labels, labels_of
 from gradleak.labels.batch.samples import rounding_of
 from gradleak.labels.batch.subspace import Subspace
 from gradleak.softlabels import Family
 
-# Equations (C·n) of a problem small enough for dense normal equations of many starts.
-_LARGEST = 400
-_HYPOTHESES, _AT_ONCE, _STARTS = 4096, 64, 2
-_STEPS, _PATIENCE, _GAIN = 60, 6, 0.5
+# Equations (C·n) and assignments of a problem small enough to be searched like this.
+_LARGEST, _MOST_SETS = 400, 1 << 20
+_ASSIGNMENTS, _AT_ONCE, _STARTS = 1024, 64, 2
+# Rounds of random starts for pairs, the revisions of the supports in each, and steps between them.
+_PAIR_ROUNDS, _PAIR_STARTS, _REVISIONS, _BETWEEN = 20, 100, 12, 6
+_PATIENCE, _GAIN, _STEPS = 6, 0.5, 60
+_FINALISTS = 4
 _SIGMAS = 8.0
-_TINY = 1e-14
 
 
 def solve_jointly(
@@ -36,24 +40,30 @@ def solve_jointly(
 ) -> tuple[Tensor, Labels] | None:
     """Find coordinates (N, n) and labels that reproduce the gradient, or None.
 
-    Assignments of one class to each sample are tried, most plausible first, for hard labels and for
-    smoothed ones; there must be more equations than unknowns. ``progress`` is told how many
-    assignments are done, and of how many.
+    All labels are taken to be of one of the ``families``, which must leave more equations than
+    unknowns. ``progress`` is told how many rounds of the search are done, and of how many.
     """
-    alone = [f for f in families if f.support == 1 and spare_equations(whole, f) > 0]
-    if not alone or whole.size != whole.samples or whole.classes * whole.size > _LARGEST:
+    if whole.size != whole.samples or whole.classes * whole.size > _LARGEST:
         return None
-    total = math.comb(whole.classes + whole.samples - 1, whole.samples)
-    if total > 1 << 20:
-        return None
-    ranked = _assignments(whole)[:_HYPOTHESES]
-    for start in range(0, len(ranked), _AT_ONCE):
-        for family in alone:
-            found = _try(whole, ranked[start : start + _AT_ONCE], family, generator)
+    able = [family for family in families if spare_equations(whole, family) > 0]
+    alone = [family for family in able if family.support == 1]
+    pairs = [family for family in able if family.support == 2]
+    sets = _assignments(whole)[:_ASSIGNMENTS] if alone else whole.left.new_zeros(0)
+    parts = torch.split(sets, _AT_ONCE)
+    rounds = len(parts) * bool(alone) + _PAIR_ROUNDS * bool(pairs)
+    for done in range(rounds):
+        if progress is not None:
+            progress(done, rounds)
+        assigned = alone and done < len(parts)
+        for family in alone if assigned else pairs:
+            ends = (
+                _assigned(whole, parts[done], family, generator)
+                if assigned
+                else _paired(whole, family, generator)
+            )
+            found = _first_fit(whole, ends, family)
             if found is not None:
                 return found
-        if progress is not None:
-            progress(start + _AT_ONCE, len(ranked))
     return None
 
 
@@ -64,153 +74,105 @@ def spare_equations(whole: Subspace, family: Family) -> int:
     return (whole.classes - 1) * whole.size + known - unknowns
 
 
-def _assignments(whole: Subspace) -> Tensor:
-    """Return (K, N) the multisets of N classes, the most plausible first.
+def _evidence(whole: Subspace) -> Tensor:
+    """Return (C,) −G x̄ for the mean feature x̄, large at the classes of the labels.
 
-    With features near their mean x̄ the row of class k along x̄ is (Σ_n p_nk − count_k) ‖x̄‖² / N,
-    so what a multiset has of each class, less the average, should be parallel to it.
+    With features near their mean the row of class k along it is (Σ_n p_nk − count_k) ‖x̄‖² / M.
     """
+    evidence: Tensor = -whole.left[:, 0] * whole.right[:, 0].sum().sign()
+    return evidence
+
+
+def _assignments(whole: Subspace) -> Tensor:
+    """Return (K, N) the multisets of N classes, most parallel to the evidence first."""
+    if math.comb(whole.classes + whole.samples - 1, whole.samples) > _MOST_SETS:
+        return torch.zeros(0, whole.samples, dtype=torch.long, device=whole.left.device)
     every = itertools.combinations_with_replacement(range(whole.classes), whole.samples)
     sets = torch.tensor(list(every), device=whole.left.device)
     counts = torch.zeros(len(sets), whole.classes, dtype=whole.left.dtype, device=sets.device)
     counts.scatter_add_(1, sets, torch.ones_like(sets, dtype=counts.dtype))
     counts = counts - counts.mean(1, keepdim=True)
-    along = -whole.left[:, 0] * whole.right[:, 0].sum().sign()
-    match = (counts @ along) / counts.norm(dim=1)
+    match: Tensor = (counts @ _evidence(whole)) / counts.norm(dim=1)
     return sets[match.argsort(descending=True)]
 
 
-def _try(
+def _assigned(
     whole: Subspace, sets: Tensor, family: Family, generator: torch.Generator
-) -> tuple[Tensor, Labels] | None:
-    """Solve every assignment (K, N) from a few starts; return the first that fits."""
+) -> Hypotheses:
+    """Descend with one class (K, N) for each sample, and give up where it leads nowhere."""
     sets = sets.repeat_interleave(_STARTS, 0)
-    classes, n = whole.classes, whole.size
-    start = torch.nn.functional.one_hot(sets, classes).to(whole.left.dtype)
-    basis = start.new_zeros(*start.shape, 1)
-    if family.base:
-        basis = (1.0 / classes - start)[..., None]
-    weights = 0.2 * basis.new_ones(*sets.shape, 1) * float(family.base)
-    shape = (*sets.shape, 1)
-    scale = torch.rand(shape, generator=generator, dtype=start.dtype, device=start.device)
-    wobble = torch.randn((*sets.shape, n), generator=generator, dtype=start.dtype).to(start.device)
-    shared = start.sum(1).gather(1, sets)[..., None]
-    rows = -whole.mass * (whole.left * whole.values)[sets] / shared
-    a = rows * (1.5 * scale - 0.3).exp() + 0.3 * wobble * rows.norm(dim=-1, keepdim=True) / n**0.5
-    for index, a_found, found in _descend(whole, a, start, basis, weights):
-        labels = Labels(
-            classes=sets[index, :, None],
-            start=start[index],
-            basis=basis[index],
-            weights=found,
-            used=torch.full_like(found, family.base, dtype=torch.bool),
-        )
-        inside = not family.base or bool(((found > -1e-3) & (found < 1.0)).all())
-        if inside and _fits(whole, a_found, labels):
-            return a_found, labels
-    return None
-
-
-def _fits(whole: Subspace, a: Tensor, labels: Labels) -> bool:
-    """Return whether samples reproduce the gradient to its own precision."""
-    delta = whole.probabilities(a) - labels.dense()
-    misfit = (delta.T @ a / whole.mass - whole.left * whole.values).norm()
-    noise = whole.noise**2 * whole.classes * whole.size
-    rounding = rounding_of(whole, a).square() * (delta.square() + labels.dense().square()).sum(1)
-    expected = noise + float((rounding * a.square().sum(1)).sum()) / whole.mass**2
-    return float(misfit) < _SIGMAS * math.sqrt(expected)
-
-
-def _descend(
-    whole: Subspace, a: Tensor, start: Tensor, basis: Tensor, weights: Tensor
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Levenberg–Marquardt on all M starts; yields index, a and weights of the best ends first.
-
-    ``a`` is (M, N, n), ``start`` (M, N, C), ``basis`` (M, N, C, q), ``weights`` (M, N, q).
-    """
-    problem = _Problem(whole, start, basis)
-    point = torch.cat([a, weights], -1)
-    residual, square = problem.residual(point)
-    damping = torch.full_like(square, 1e-2)
-    index = torch.arange(len(a), device=a.device)
-    before = square
-    ends: list[tuple[float, int, Tensor]] = []
-    for step in range(1, _STEPS + 1):
-        trial = point + problem.step(point, residual, damping)
-        new_residual, new_square = problem.residual(trial)
-        better = new_square < square
-        point = torch.where(better[:, None, None], trial, point)
-        residual = torch.where(better[:, None, None], new_residual, residual)
-        square = torch.where(better, new_square, square)
-        damping = torch.where(better, damping * 0.3, damping * 4.0).clamp(1e-12, 1e9)
-        if step % _PATIENCE and step < _STEPS:
-            continue
-        done = (square > _GAIN * before) | torch.tensor(step == _STEPS, device=square.device)
-        ends += zip(square[done].tolist(), index[done].tolist(), point[done], strict=True)
-        left = ~done
-        if not bool(left.any()):
+    a = _starts(whole, sets, generator)
+    now = guesses(whole, a, sets[..., None], a[..., :0], family.base)
+    ends: list[Hypotheses] = []
+    for _ in range(_STEPS // _PATIENCE):
+        before = now.square
+        now = descend(whole, now, _PATIENCE)
+        moving = now.square < _GAIN * before
+        ends.append(now.take(~moving))
+        now = now.take(moving)
+        if not len(now.a):
             break
-        point, residual, square, damping, index = (
-            t[left] for t in (point, residual, square, damping, index)
-        )
-        problem, before = problem.part(left), square
-    n = whole.size
-    for _, where, end in sorted(ends, key=lambda e: e[0])[:_STARTS]:
-        yield where, end[:, :n], end[:, n:]
+    ends.append(now)
+    return Hypotheses(**{k: torch.cat([getattr(e, k) for e in ends]) for k in vars(now)})
 
 
-class _Problem:
-    """U S = (1/M) Σ δ_n a_nᵀ for M assignments at once, with dense Jacobians."""
+def _paired(whole: Subspace, family: Family, generator: torch.Generator) -> Hypotheses:
+    """Descend from random starts, with the two classes that suit each sample best on the way."""
+    chances = _evidence(whole).clamp(min=0.0) + 1e-9
+    chances = chances.expand(_PAIR_STARTS, -1)
+    first = torch.multinomial(chances, whole.samples, replacement=True, generator=generator)
+    a = _starts(whole, first, generator)
+    now = None
+    for _ in range(_REVISIONS):
+        labels = implied_labels(whole, a).nan_to_num(0.0)
+        best = labels.topk(2, -1)
+        share = best.values[..., 1:].clamp(0.02, 0.98)
+        now = descend(whole, guesses(whole, a, best.indices, share, family.base), _BETWEEN)
+        a = now.a
+    assert now is not None
+    finalists = now.take(now.square.topk(_FINALISTS, largest=False).indices)
+    return descend(whole, finalists, _STEPS)
 
-    def __init__(self, whole: Subspace, start: Tensor, basis: Tensor) -> None:
-        self.whole, self.start, self.basis = whole, start, basis
 
-    def part(self, which: Tensor) -> _Problem:
-        """Return the problem of some of the assignments."""
-        return _Problem(self.whole, self.start[which], self.basis[which])
+def _starts(whole: Subspace, sets: Tensor, generator: torch.Generator) -> Tensor:
+    """Return coordinates (K, N, n) near the rows of the classes (K, N), of random sizes."""
+    dtype, device = whole.left.dtype, whole.left.device
+    counts = torch.nn.functional.one_hot(sets, whole.classes).sum(1).gather(1, sets)
+    rows: Tensor = -whole.mass * (whole.left * whole.values)[sets] / counts[..., None]
+    draw = torch.rand((*sets.shape, 1), generator=generator, dtype=dtype, device=device)
+    wobble = torch.randn(rows.shape, generator=generator, dtype=dtype, device=device)
+    spread: Tensor = 0.3 * rows.norm(dim=-1, keepdim=True) / whole.size**0.5
+    starts: Tensor = rows * (1.5 * draw - 0.3).exp() + spread * wobble
+    return starts
 
-    def deltas(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """Return p and δ (M, N, C)."""
-        n = self.whole.size
-        p = self.whole.probabilities(point[..., :n])
-        moved = (self.basis @ point[..., n:, None]).squeeze(-1)
-        return p, p - self.start - moved
 
-    def residual(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the misfit (M, C, n) and its square (M,)."""
-        _, delta = self.deltas(point)
-        target = self.whole.left * self.whole.values
-        misfit = delta.mT @ point[..., : self.whole.size] / self.whole.mass - target
-        if self.whole.unit_row is not None:
-            one = point[..., : self.whole.size] @ self.whole.unit_row - 1.0
-            square = misfit.square().sum((1, 2)) + (one / self.whole.mass).square().sum(1)
-            return misfit, square
-        return misfit, misfit.square().sum((1, 2))
+def _first_fit(whole: Subspace, ends: Hypotheses, family: Family) -> tuple[Tensor, Labels] | None:
+    """Return the best of the ends if it reproduces the gradient to its own precision."""
+    if not len(ends.a):
+        return None
+    best = ends.take(ends.square.argmin()[None])
+    a, weights = best.a[0], best.weights[0]
+    labels = _labels(whole, best, family)
+    dense = labels.dense()
+    delta = whole.probabilities(a) - dense
+    noise = whole.noise**2 * whole.classes * whole.size
+    size = (delta.square() + dense.square()).sum(1) * a.square().sum(1)
+    rounding = float((rounding_of(whole, a).square() * size).sum()) / whole.mass**2
+    fits = float(best.square[0]) < _SIGMAS**2 * (noise + rounding)
+    inside = bool(((weights > -1e-3) & (weights < 1.0 + 1e-3)).all())
+    return (a, labels) if fits and inside else None
 
-    def step(self, point: Tensor, residual: Tensor, damping: Tensor) -> Tensor:
-        """Return the damped Gauss–Newton step (M, N, n + q)."""
-        n, samples, mass = self.whole.size, self.whole.samples, self.whole.mass
-        p, delta = self.deltas(point)
-        a, h = point[..., :n], self.whole.logits
-        slope = torch.cat([p[..., None] * (h - (p @ h)[..., None, :]), -self.basis], -1)
-        jacobian = torch.einsum("mscx,msj->mcjsx", slope, a)
-        identity = torch.eye(n, dtype=a.dtype, device=a.device)
-        jacobian[..., :n] += torch.einsum("msc,jx->mcjsx", delta, identity)
-        count, unknowns = len(point), point[0].numel()
-        jacobian = jacobian.reshape(count, -1, unknowns) / mass
-        normal = jacobian.mT @ jacobian
-        pull = jacobian.mT @ residual.reshape(count, -1, 1)
-        row = self.whole.unit_row
-        if row is not None:
-            width = point.shape[-1]
-            blocks = normal.view(count, samples, width, samples, width)
-            each = torch.arange(samples, device=a.device)
-            blocks[:, each, :n, each, :n] += row[:, None] * row / mass**2
-            pull = pull.view(count, samples, width)
-            pull[..., :n] += (a @ row - 1.0)[..., None] * row / mass**2
-            pull = pull.reshape(count, unknowns, 1)
-        diagonal = normal.diagonal(dim1=1, dim2=2)
-        floor = 1e-6 * diagonal.mean(1, keepdim=True) + _TINY
-        damped = normal + torch.diag_embed(damping[:, None] * (diagonal + floor) + _TINY)
-        solution = torch.linalg.solve_ex(damped, -pull).result
-        return torch.nan_to_num(solution).view(point.shape)
+
+def _labels(whole: Subspace, best: Hypotheses, family: Family) -> Labels:
+    """Describe the labels of the only guess, the class of the largest weight first."""
+    start, basis, weights = best.start[0], best.basis[0], best.weights[0]
+    classes = [start.argmax(1)] + [basis[..., j].argmax(1) for j in range(family.support - 1)]
+    support = torch.stack(classes, 1)
+    others = weights[:, : family.support - 1]
+    alpha = weights[:, -1:] if family.base else weights.new_zeros(len(weights), 1)
+    values = torch.cat([1.0 - others.sum(1, keepdim=True) - alpha, others], 1)
+    order = values.argsort(1, descending=True)
+    base = torch.full((len(support),), family.base)
+    return labels_of(
+        whole.classes, list(support.gather(1, order)), list(values.gather(1, order)), base
+    )

@@ -12,7 +12,7 @@ from gradleak.labels.batch.joint import solve_jointly
 from gradleak.labels.batch.judge import describe, incomplete, judge, residual_of
 from gradleak.labels.batch.polish import STEPS, Labels, labels_of, polish
 from gradleak.labels.batch.samples import ROUNDS, Found, find_mass, find_samples
-from gradleak.labels.batch.simplify import simplify
+from gradleak.labels.batch.simplify import prune, simplify
 from gradleak.labels.batch.subspace import Subspace, subspace_of
 from gradleak.labels.factorise import Rank
 from gradleak.labels.options import LabelOptions
@@ -63,7 +63,8 @@ def recover_batch(
         found = simplify(whole, found, families)
         answer = _laid_out(whole, found) if found else None
         if answer is None or len(answer[0]) < whole.size:
-            answer = solve_jointly(whole, families, dice, progress) or answer
+            jointly = solve_jointly(whole, families, dice, progress)
+            answer = answer if jointly is None else prune(whole, *jointly)
         result = _result(grad_weight, whole, answer, rank)
     if result.labels is None or result.features is None:
         return result

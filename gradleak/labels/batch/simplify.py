@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
+from gradleak.labels.batch.polish import Labels, polish
 from gradleak.labels.batch.roots import Equations, Roots
 from gradleak.labels.batch.samples import Found, belongs, excess_of
 from gradleak.labels.batch.subspace import Subspace
@@ -15,6 +17,8 @@ from gradleak.softlabels import Family
 _STEPS = 12
 # What a parameter must earn in ln p, in units of ln C, to be kept under noise (BIC).
 _PENALTY = 1.5
+# A parameter of this size, or of so many of its standard errors, is zero if the misfit stays.
+_ZERO, _ERRORS, _WORSE = 1e-6, 5.0, 2.0
 
 
 def simplify(whole: Subspace, found: Sequence[Found], families: Sequence[Family]) -> list[Found]:
@@ -42,6 +46,34 @@ def simplify(whole: Subspace, found: Sequence[Found], families: Sequence[Family]
         if len(rest.a):
             simple.append(Found(rest, one.family))
     return simple
+
+
+def prune(whole: Subspace, a: Tensor, labels: Labels) -> tuple[Tensor, Labels]:
+    """Drop the label parameters of a whole batch that are zero to within their own errors.
+
+    For labels that were all taken to be of one family. Takes and returns coordinates (N, n) and
+    labels; a batch that then misses its gradient is returned as it was.
+    """
+    solved = polish(whole, a, labels)
+    variance = solved.misfit**2 / max(1, solved.freedom)
+    errors = (variance * solved.covariance.diagonal(dim1=1, dim2=2)).clamp(min=0.0).sqrt()
+    small = solved.labels.weights.abs() < _ERRORS * errors[:, whole.size :] + _ZERO
+    pairs = small.clone()
+    pairs[:, -1] = False
+    for zero in (small, pairs):
+        if not bool((zero & labels.used).any()):
+            continue
+        kept = labels.used & ~zero
+        fewer = replace(
+            solved.labels,
+            used=kept,
+            basis=solved.labels.basis * kept[:, None],
+            weights=solved.labels.weights * kept,
+        )
+        again = polish(whole, solved.a, fewer)
+        if again.misfit < _WORSE * solved.misfit:
+            return again.a, again.labels
+    return solved.a, solved.labels
 
 
 def _contains(larger: Family, smaller: Family) -> bool:
