@@ -2,8 +2,8 @@
 
     minimise ‖G − γ (p − y) xᵀ‖²,   p = softmax(W x + b),  y = y(θ)     over x, θ (and γ)
 
-Split dx = t v + g + h with v = x/‖x‖ and g, h ⊥ v. Along v the residual has C entries; across it the
-best g is known, and h costs ‖δ‖²‖h‖², so h is eliminated in closed form. What is left is a
+Split dx = t v + g + h with v = x/‖x‖ and g, h ⊥ v. Along v the residual has C entries; across it
+the best g is known, and h costs ‖δ‖²‖h‖², so h is eliminated in closed form. That leaves a
 least-squares problem in (t, θ, γ) alone, a handful of unknowns, with the C × C covariance
 Ω = I + κ B Bᵀ, B = γ (diag p − p pᵀ) W (I − v vᵀ), κ = ‖x‖²/‖δ‖². Its normal matrix is the Schur
 complement over x of the Fisher information, hence the standard errors and the Cramér–Rao bound.
@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
-_CG_STEPS, _CG_TOLERANCE = 200, 1e-7
+_CG_STEPS, _CG_TOLERANCE = 200, 1e-5
 _TINY, _DAMPING = 1e-300, 1e-12
 
 
@@ -148,6 +149,15 @@ class Linear:
     across_variance: Tensor
 
 
+Fields = TypeVar("Fields", Model, Linear)
+
+
+def take(whole: Fields, rows: Tensor, columns: Tensor) -> Fields:
+    """Return the hypotheses ``columns`` (B', M') of the problems ``rows`` (B',)."""
+    picked = {name: value[rows[:, None], columns] for name, value in vars(whole).items()}
+    return type(whole)(**picked)
+
+
 def linearise(
     seen: Observation, model: Model, gram: Tensor | None, loss_scale_free: bool
 ) -> Linear:
@@ -189,9 +199,10 @@ def linearise(
         u = spread(t)
         flat = u.transpose(1, 2).flatten(2)  # (B, C, M·R)
         turned = gram @ flat if gram is not None else weight @ (weight.mT @ flat)
-        turned = turned.unflatten(2, u.shape[1::2]).transpose(1, 2)
+        turned = turned.view(len(u), -1, u.shape[1], u.shape[3]).transpose(1, 2)
         turned = turned - a[..., None] * (a[..., None, :] @ u)
-        return t + kappa[..., None] * spread(turned)
+        out: Tensor = t + kappa[..., None] * spread(turned)
+        return out
 
     wanted = torch.cat([jacobian, target[..., None]], -1)
     whitened = _conjugate_gradients(covariance, wanted)
@@ -246,7 +257,8 @@ def squares_at(
     if seen.grad_bias is not None:
         product = product + vecdot(delta, seen.grad_bias[:, None])
         square = square + 1.0
-    return seen.squares[:, None] - 2.0 * product + size * square
+    left: Tensor = seen.squares[:, None] - 2.0 * product + size * square
+    return left
 
 
 def squares_of(seen: Observation, model: Model) -> Tensor:

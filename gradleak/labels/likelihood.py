@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from gradleak.labels.gaussian import Linear, Model, Observation, linearise, squares_of
+from gradleak.labels.gaussian import Fields, Linear, Model, Observation, linearise, squares_of, take
 
 _STEPS, _HALVINGS = 30, 6
 # Steps smaller than this part of a standard error change nothing.
@@ -20,8 +19,6 @@ _BEHIND, _PATIENCE = 200.0, 10
 _ROUNDING = 1e-14
 _LARGEST_STEP, _SMALLEST_FACTOR = 0.5, 0.3
 _TINY = 1e-300
-
-Fields = TypeVar("Fields", Model, Linear)
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ def maximise(seen: Observation, start: Model, *, loss_scale_free: bool = False) 
         most = int(active.sum(1).amax())
         columns = active[rows].to(torch.uint8).topk(most, 1).indices
         few, few_gram = (seen, gram) if len(rows) == len(active) else seen.rows(rows, gram)
-        before, linear = _take(model, rows, columns), _take(now, rows, columns)
+        before, linear = take(model, rows, columns), take(now, rows, columns)
         after, better = _improved(few, before, linear, rounding[rows])
         stalled[rows[:, None], columns] = ~better
         model = _put(model, rows, columns, after)
@@ -116,14 +113,8 @@ def _estimate(seen: Observation, model: Model, now: Linear) -> Estimate:
     return Estimate(model, scale, now.squares, covariance, now.log_det)
 
 
-def _take(whole: Fields, rows: Tensor, columns: Tensor) -> Fields:
-    """Return the hypotheses ``columns`` (B', M') of the problems ``rows`` (B',)."""
-    picked = {name: value[rows[:, None], columns] for name, value in vars(whole).items()}
-    return type(whole)(**picked)
-
-
 def _put(whole: Fields, rows: Tensor, columns: Tensor, part: Fields) -> Fields:
-    """Return ``whole`` with ``part`` in the place that :func:`_take` took it from."""
+    """Return ``whole`` with ``part`` in the place that :func:`take` took it from."""
     merged = {
         name: value.index_put((rows[:, None], columns), getattr(part, name))
         for name, value in vars(whole).items()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradleak.labels.factorise import RankOne, leading_triple
-from gradleak.labels.gaussian import Model, Observation
+from gradleak.labels.gaussian import Model, Observation, squares_of, take
 from gradleak.labels.likelihood import Estimate, maximise
 from gradleak.labels.problem import FamilyTable, ScaleProblem
 from gradleak.labels.refine import Fits, describe, refine
@@ -23,6 +23,9 @@ from gradleak.labels.search import find_candidates
 
 # Candidates that are climbed besides the best one of every family.
 _MORE = 2
+# Candidates whose excess over the least sum of squares is this many times that of the best one, or
+# that many squared standard deviations above it, do not start.
+_HOPELESS, _FAR = 10.0, 1e4
 _SWEEPS = 100
 _TINY = 1e-300
 
@@ -66,10 +69,12 @@ def fit_under_noise(
     start = refine(problem, find_candidates(problem, table), table)
     if seen.grad_bias is not None:
         start = _with_known_scale(start, problem, 1.0 / leading.v[:, -1], table)
-    chosen = _promising(start, len(table.support))
-    family = start.family.expand(len(chosen), -1).gather(1, chosen)
-    found = maximise(seen, _model(start, chosen, family, direction, table, seen.classes))
     least = seen.squares - leading.sigma.square()
+    model = _model(start, direction, table, seen.classes)
+    chosen = _promising(start, squares_of(seen, model) - least[:, None], seen, len(table.support))
+    rows = torch.arange(len(chosen), device=chosen.device)
+    found = maximise(seen, take(model, rows, chosen))
+    family = start.family.expand(len(chosen), -1).gather(1, chosen)
     return _described(found, family, seen, least), problem
 
 
@@ -124,45 +129,42 @@ def _with_known_scale(
     return Fits(**joined)
 
 
-def _promising(start: Fits, families: int) -> Tensor:
-    """Return (B, M') the indices of each family's best candidate and of the few next best."""
-    quality = start.chi2 / start.freedom.clamp(min=1)
-    quality = torch.where(start.feasible, quality, quality + 1e12)
+def _promising(start: Fits, excess: Tensor, seen: Observation, families: int) -> Tensor:
+    """Return (B, M') the candidates to climb from: the best one of each family and a few more.
+
+    ``excess`` (B, M) is what each adds to the least sum of squares. The hopeless ones, which are
+    all but a few where the noise is small, give their place to the best one.
+    """
+    excess = excess.nan_to_num(math.inf)
     own = torch.stack(
-        [torch.where(start.family == f, quality, math.inf).argmin(1) for f in range(families)],
-        1,
+        [torch.where(start.family == f, excess, math.inf).argmin(1) for f in range(families)], 1
     )
-    others = quality.scatter(1, own, math.inf)
+    others = excess.scatter(1, own, math.inf)
     more = others.topk(min(_MORE, others.shape[1] - families), 1, largest=False).indices
-    return torch.cat([own, more], 1)
+    chosen = torch.cat([own, more], 1)
+    excess, order = excess.gather(1, chosen).sort(1)
+    best = excess[:, :1]
+    allowed = _HOPELESS * best.clamp(min=0.0) + _FAR * seen.noise[:, None].square()
+    alive = excess <= best + allowed
+    order = torch.where(alive, order, order[:, :1])
+    return chosen.gather(1, order)[:, : int(alive.sum(1).amax().clamp(min=1))]
 
 
-def _model(
-    start: Fits,
-    chosen: Tensor,
-    family: Tensor,
-    direction: Tensor,
-    table: FamilyTable,
-    classes: int,
-) -> Model:
-    """Turn the chosen candidates (B, M) into hypotheses to climb from."""
-
-    def pick(value: Tensor) -> Tensor:
-        wide = chosen[..., None].expand(-1, -1, value.shape[2])
-        return value.gather(1, wide)
-
-    scale = start.scale.gather(1, chosen)
-    top, weights = pick(start.top), pick(start.weights)
-    base = start.base.gather(1, chosen)
-    model = Model(
-        top=top,
-        support=table.support[family],
-        base=table.base[family],
-        theta=torch.cat([weights[..., 1:] - base[..., None], classes * base[..., None]], -1),
-        feature=scale[..., None] * direction[:, None],
-        loss_scale=torch.ones_like(scale),
+def _model(start: Fits, direction: Tensor, table: FamilyTable, classes: int) -> Model:
+    """Turn candidates (B, M) into hypotheses to climb from."""
+    theta = torch.cat(
+        [start.weights[..., 1:] - start.base[..., None], classes * start.base[..., None]], -1
     )
-    return replace(model, theta=model.theta * model.active)
+    shape = start.scale.shape
+    model = Model(
+        top=start.top,
+        support=table.support[start.family].expand(shape),
+        base=table.base[start.family].expand(shape),
+        theta=theta,
+        feature=start.scale[..., None] * direction[:, None],
+        loss_scale=torch.ones_like(start.scale),
+    )
+    return replace(model, theta=theta * model.active)
 
 
 def _described(found: Estimate, family: Tensor, seen: Observation, least: Tensor) -> NoisyFits:
