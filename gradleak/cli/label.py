@@ -14,7 +14,7 @@ from gradleak.cli.common import (
     exit_code_of,
     keep_apart,
     number,
-    run_stage,
+    run_stage_on_all,
 )
 from gradleak.cli.options import (
     ATTACK,
@@ -27,8 +27,11 @@ from gradleak.cli.options import (
     Seed,
     Weights,
 )
+from gradleak.errors import GradleakError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from gradleak.bundle import Bundle
     from gradleak.labels.verdict import SampleLabel
     from gradleak.stages.label import LabelOutcome
@@ -80,16 +83,20 @@ def command(
 ) -> None:
     """Recover the soft label of the sample behind each gradient, with its certainty.
 
+    Several gradients are solved together, those with heads of one shape in one computation.
+
     Exit code 0 when the answer is unique, 4 when it is ambiguous, unidentifiable or failed.
     """
     sources = choose_inputs(context, inputs)
     outputs = check_output(output, sources)
     keep_apart(output, weights)
-    from gradleak.stages.label import recover_label
+    from gradleak.stages.label import recover_labels
 
-    def work(source: str, bundle: Bundle) -> tuple[Report, Bundle]:
-        outcome = recover_label(
-            bundle,
+    def work(
+        bundles: Iterable[Bundle | GradleakError],
+    ) -> Iterator[tuple[Report, Bundle] | GradleakError]:
+        outcomes = recover_labels(
+            bundles,
             family=family,
             method=method,
             head=head,
@@ -97,9 +104,15 @@ def command(
             device=device,
             seed=seed,
         )
-        return _report(source, outcome), outcome.bundle
+        return (
+            outcome
+            if isinstance(outcome, GradleakError)
+            else (_report(source, outcome), outcome.bundle)
+            for source, outcome in zip(sources, outcomes, strict=True)
+        )
 
-    run_stage(Console(json=json, quiet=quiet, outputs=outputs), NAME, sources, work, _NOTHING)
+    console = Console(json=json, quiet=quiet, outputs=outputs)
+    run_stage_on_all(console, NAME, sources, work, _NOTHING)
 
 
 def _report(source: str, outcome: LabelOutcome) -> Report:

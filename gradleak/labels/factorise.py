@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gradleak.linalg import effective_precision, precision, row_blocks
+from gradleak.linalg import effective_precisions, precision, row_blocks
 
 # A rank-one residual up to this many roundings is rounding, not noise and not a second sample.
 _ROUNDINGS = 16.0
@@ -21,15 +21,23 @@ class RankOne:
     """The leading singular triple of B gradients (C, D): G ≈ σ u vᵀ, ‖u‖ = ‖v‖ = 1, in float64.
 
     ``u`` (B, C), ``sigma`` (B,), ``v`` (B, D) with a non-negative sum, so that non-negative
-    features have positive scales; ``residual`` (B,) is ‖G − σ u vᵀ‖ / ‖G‖, ``unit`` the roundoff
-    of the gradients' effective precision.
+    features have positive scales; ``residual`` (B,) is ‖G − σ u vᵀ‖ / ‖G‖, ``unit`` (B,) the
+    roundoff of each gradient's effective precision.
     """
 
     u: Tensor
     sigma: Tensor
     v: Tensor
     residual: Tensor
-    unit: float
+    unit: Tensor
+
+    def at(self, index: Tensor) -> RankOne:
+        """Return the triples of the gradients in ``index`` (K,)."""
+        return RankOne(**{name: value[index] for name, value in vars(self).items()})
+
+    def finite(self) -> Tensor:
+        """Return (B,) whether the gradient was free of NaN and infinity."""
+        return torch.isfinite(self.sigma) & torch.isfinite(self.residual)
 
 
 @dataclass(frozen=True)
@@ -55,20 +63,25 @@ def leading_triple(gradient: Tensor) -> RankOne:
     largest = gradient.abs().amax(2).argmax(1)  # not by a norm, whose squares could underflow
     v = gradient[torch.arange(len(gradient), device=gradient.device), largest].double()
     v = _sweep(gradient, v / _nonzero(torch.linalg.vector_norm(v, dim=1, keepdim=True)))
-    unit = effective_precision(gradient)
+    unit = effective_precisions(gradient)
     found = _project(gradient, v, unit)
-    if bool((found.residual > _ROUNDINGS * unit).any()):
-        for _ in range(_SWEEPS):
-            v = _sweep(gradient, v)
-        found = _project(gradient, v, unit)
-    if unit < _FLOAT32 and bool((found.residual > _ROUNDINGS * unit).any()):
-        # float64 on the outside, float32 in the making: its rounding is no second sample.
-        coarse = bool((found.residual <= _ROUNDINGS * _FLOAT32).all())
-        found = replace(found, unit=_FLOAT32) if coarse else found
+    (left,) = torch.where(found.residual > _ROUNDINGS * unit)
+    if not len(left):
+        return found
+    rest, v = (gradient, v) if len(left) == len(gradient) else (gradient[left], v[left])
+    for _ in range(_SWEEPS):
+        v = _sweep(rest, v)
+    swept = _project(rest, v, unit[left])
+    # float64 on the outside, float32 in the making: its rounding is no second sample.
+    coarse = (swept.unit < _FLOAT32) & (swept.residual > _ROUNDINGS * swept.unit)
+    coarse &= swept.residual <= _ROUNDINGS * _FLOAT32
+    swept.unit[coarse] = _FLOAT32
+    for name, value in vars(found).items():
+        value[left] = getattr(swept, name)
     return found
 
 
-def _project(gradient: Tensor, v: Tensor, unit: float) -> RankOne:
+def _project(gradient: Tensor, v: Tensor, unit: Tensor) -> RankOne:
     """Return u and σ of G v = σ u, and what σ u vᵀ leaves of G, in one pass over it."""
     v = torch.where(v.sum(1, keepdim=True) < 0, -v, v)
     parts = []
@@ -90,26 +103,38 @@ def _project(gradient: Tensor, v: Tensor, unit: float) -> RankOne:
     )
 
 
-def rank_of(gradient: Tensor, leading: RankOne, index: int = 0) -> Rank:
-    """Count the samples in gradient ``index`` of ``(B, C, D)`` and estimate its noise (§1).
+def ranks_of(gradient: Tensor, leading: RankOne) -> list[Rank]:
+    """Count the samples in each gradient of ``(B, C, D)`` and estimate its noise (§1).
 
     The leading triple settles the common case (one sample, no noise); otherwise the singular
     values are counted above rounding or, under noise, above the edge τ(√C + √D), with τ from the
-    trailing ones.
+    trailing ones. A gradient that is not finite has rank 0.
     """
-    classes, width = gradient.shape[1:]
-    scale = math.sqrt(classes * width)
-    norm = float(leading.sigma[index])
-    unit = leading.unit
-    residual = float(leading.residual[index])
-    if residual <= _ROUNDINGS * unit:
-        return Rank(rank=int(norm > 0), noise=residual * norm / scale, noisy=False)
-    values = _singular_values(gradient[index])
+    scale = math.sqrt(gradient.shape[1] * gradient.shape[2])
+    ranks = [
+        Rank(rank=int(norm > 0), noise=residual * norm / scale, noisy=False)
+        for norm, residual in zip(leading.sigma.tolist(), leading.residual.tolist(), strict=True)
+    ]
+    (left,) = torch.where(leading.finite() & (leading.residual > _ROUNDINGS * leading.unit))
+    for index in left.tolist():
+        values = _singular_values(gradient[index])
+        ranks[index] = _rank_from(values, float(leading.unit[index]), gradient.shape[1:])
+    return ranks
+
+
+def rank_of(gradient: Tensor, leading: RankOne) -> Rank:
+    """Count the samples in the only gradient of ``(1, C, D)``; see :func:`ranks_of`."""
+    return ranks_of(gradient, leading)[0]
+
+
+def _rank_from(values: Tensor, unit: float, shape: torch.Size) -> Rank:
+    """Count the singular values (K,) of a gradient of ``shape`` (C, D)."""
+    classes, width = shape
     possible = min(classes - 1, width)
     above = int((values > 4.0 * _ROUNDINGS * unit * values[0]).sum())
     if above < possible:
         tail = float(values[above:].square().sum()) ** 0.5
-        return Rank(rank=above, noise=tail / scale, noisy=False)
+        return Rank(rank=above, noise=tail / math.sqrt(classes * width), noisy=False)
     return _rank_under_noise(values, classes, width)
 
 

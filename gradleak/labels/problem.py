@@ -30,7 +30,7 @@ class ScaleProblem:
 
     ``a``, ``b``, ``u`` are (B, C) float64 (logit direction, head bias, left singular vector),
     ``sigma`` (B,), ``noise`` (B,) the standard deviation of additive noise on one gradient entry
-    (0 for a noiseless gradient), ``unit`` the roundoff of the gradient's dtype, ``weight_norms``
+    (0 for a noiseless gradient), ``unit`` (B,) the roundoff of its precision, ``weight_norms``
     (B, C) the norms of the head's rows from their mean, which matter under noise alone.
     """
 
@@ -39,8 +39,13 @@ class ScaleProblem:
     u: Tensor
     sigma: Tensor
     noise: Tensor
-    unit: float
+    unit: Tensor
     weight_norms: Tensor
+
+    def part(self, index: Tensor) -> ScaleProblem:
+        """Return the problems in ``index`` (K,)."""
+        names = ("a", "b", "u", "sigma", "noise", "unit", "weight_norms")
+        return ScaleProblem(**{name: getattr(self, name)[index] for name in names})
 
     @property
     def classes(self) -> int:
@@ -66,8 +71,9 @@ class ScaleProblem:
     @cached_property
     def largest_logit(self) -> tuple[Tensor, Tensor]:
         """Return the slope in |s| and the offset, (B, 1), of the rounding of a probability."""
-        slope = self.unit * self.a.abs().amax(1, keepdim=True)
-        offset = self.unit * (_SOFTMAX_ROUNDINGS + self.b.abs().amax(1, keepdim=True))
+        unit = self.unit[:, None]
+        slope = unit * self.a.abs().amax(1, keepdim=True)
+        offset = unit * (_SOFTMAX_ROUNDINGS + self.b.abs().amax(1, keepdim=True))
         return slope, offset
 
     def smallest_scale(self) -> Tensor:

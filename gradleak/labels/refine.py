@@ -112,17 +112,30 @@ def refine(problem: ScaleProblem, candidates: Tensor, table: FamilyTable) -> Fit
     quality = torch.where(fits.feasible, fits.chi2 / fits.freedom.clamp(min=1), math.inf)
     answer = scale.gather(-1, quality.argmin(-1, keepdim=True))
     doubtful = (problem.noise == 0) & _saturated(problem, answer)
-    if not bool(doubtful.any()):
+    (index,) = torch.where(doubtful)
+    if not len(index):
         return fits
     # A label at the edge of what a larger family allows is one of many if that family is flat
     # there: ask every family just inside.
-    nearby = answer * (1.0 + torch.tensor(_NEARBY, dtype=scale.dtype, device=scale.device))
+    nearby = 1.0 + torch.tensor(_NEARBY, dtype=scale.dtype, device=scale.device)
     count = len(table.support)
     more = torch.arange(count, device=scale.device).repeat_interleave(len(_NEARBY))
-    scale, family = torch.cat([scale, nearby.repeat(1, count)], -1), torch.cat([family, more])
-    fits = describe(problem, scale, family, table, scale_known=False)
-    fits.feasible[:, -len(more) :] &= doubtful[:, None]
-    return fits
+    around = (answer[index] * nearby).repeat(1, count)
+    return _joined(
+        fits, describe(problem.part(index), around, more, table, scale_known=False), index
+    )
+
+
+def _joined(fits: Fits, more: Fits, index: Tensor) -> Fits:
+    """Append candidates of the problems in ``index``; the other problems get infeasible ones."""
+    fields = {"family": torch.cat([fits.family, more.family])}
+    for name, value in vars(fits).items():
+        if name != "family":
+            new = getattr(more, name)
+            wide = new.new_zeros((len(value), *new.shape[1:]))
+            wide[index] = new
+            fields[name] = torch.cat([value, wide], 1)
+    return Fits(**fields)
 
 
 def _saturated(problem: ScaleProblem, scale: Tensor) -> Tensor:
@@ -150,7 +163,7 @@ def describe(
     choice = _Choice.of(table, family, scale.dtype)
     now = _residual(problem, scale, choice, weighted=True)
     point, top = now.point, now.top
-    known = torch.full_like(scale, problem.unit)
+    known = problem.unit[:, None].expand_as(scale)
     log_error = known if scale_known else now.curvature.rsqrt()
     variance = problem.variance(point)
     weights = point.y.gather(-1, top)
