@@ -103,22 +103,26 @@ def _project(gradient: Tensor, v: Tensor, unit: Tensor) -> RankOne:
     )
 
 
-def ranks_of(gradient: Tensor, leading: RankOne) -> list[Rank]:
+def ranks_of(gradient: Tensor, leading: RankOne, *, noise_std: float | None = None) -> list[Rank]:
     """Count the samples in each gradient of ``(B, C, D)`` and estimate its noise (§1).
 
     The leading triple settles the common case (one sample, no noise); otherwise the singular
     values are counted above rounding or, under noise, above the edge τ(√C + √D), with τ from the
-    trailing ones. A gradient that is not finite has rank 0.
+    trailing ones. A gradient that is not finite has rank 0. ``noise_std`` is the noise where it is
+    known, 0 for none.
     """
     scale = math.sqrt(gradient.shape[1] * gradient.shape[2])
     ranks = [
         Rank(rank=int(norm > 0), noise=residual * norm / scale, noisy=False)
         for norm, residual in zip(leading.sigma.tolist(), leading.residual.tolist(), strict=True)
     ]
-    (left,) = torch.where(leading.finite() & (leading.residual > _ROUNDINGS * leading.unit))
+    doubtful = leading.residual > _ROUNDINGS * leading.unit
+    if noise_std:  # a declared noise beyond rounding counts, even where none is to be seen
+        doubtful |= noise_std * scale > _ROUNDINGS * leading.unit * leading.sigma
+    (left,) = torch.where(leading.finite() & doubtful)
     for index in left.tolist():
         values = _singular_values(gradient[index])
-        ranks[index] = _rank_from(values, float(leading.unit[index]), gradient.shape[1:])
+        ranks[index] = _rank_from(values, float(leading.unit[index]), gradient.shape[1:], noise_std)
     return ranks
 
 
@@ -127,12 +131,18 @@ def rank_of(gradient: Tensor, leading: RankOne) -> Rank:
     return ranks_of(gradient, leading)[0]
 
 
-def _rank_from(values: Tensor, unit: float, shape: torch.Size) -> Rank:
+def _rank_from(
+    values: Tensor, unit: float, shape: torch.Size, noise_std: float | None = None
+) -> Rank:
     """Count the singular values (K,) of a gradient of ``shape`` (C, D)."""
     classes, width = shape
+    norm = float(values.square().sum()) ** 0.5
+    if noise_std and noise_std * math.sqrt(classes * width) > _ROUNDINGS * unit * norm:
+        above = int((values > _edge(noise_std, classes, width)).sum())
+        return Rank(rank=above, noise=noise_std, noisy=True)
     possible = min(classes - 1, width)
     above = int((values > 4.0 * _ROUNDINGS * unit * values[0]).sum())
-    if above < possible:
+    if above < possible or noise_std is not None:
         tail = float(values[above:].square().sum()) ** 0.5
         return Rank(rank=above, noise=tail / math.sqrt(classes * width), noisy=False)
     return _rank_under_noise(values, classes, width)
@@ -144,11 +154,15 @@ def _rank_under_noise(values: Tensor, classes: int, width: int) -> Rank:
     while True:
         free = max(1, (classes - rank) * (width - rank))
         noise = float(values[rank:].square().sum() / free) ** 0.5
-        edge = 1.05 * noise * (math.sqrt(classes) + math.sqrt(width))
-        above = int((values > edge).sum())
+        above = int((values > _edge(noise, classes, width)).sum())
         if above <= rank or above >= len(values):
             return Rank(rank=max(rank, above), noise=noise, noisy=True)
         rank = above
+
+
+def _edge(noise: float, classes: int, width: int) -> float:
+    """Return what the largest singular value of noise alone stays below."""
+    return 1.05 * noise * (math.sqrt(classes) + math.sqrt(width))
 
 
 def _singular_values(matrix: Tensor) -> Tensor:

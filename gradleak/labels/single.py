@@ -6,7 +6,7 @@ Any number of them is solved in one batched computation; one gradient is a batch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from gradleak.labels.bias import foreign_bias, scales_from_bias
 from gradleak.labels.checks import column_sums, not_softmax
 from gradleak.labels.decide import decide
 from gradleak.labels.factorise import Rank, RankOne, leading_triple, ranks_of
+from gradleak.labels.gaussian import Observation
+from gradleak.labels.lossscale import solve_unknown_scale
+from gradleak.labels.noisy import solve_under_noise
 from gradleak.labels.problem import FamilyTable, ScaleProblem
 from gradleak.labels.refine import describe, refine
 from gradleak.labels.search import find_candidates
@@ -39,12 +42,17 @@ def recover_single(
     grad_bias: Tensor | None = None,
     families: Sequence[Family] = FAMILIES,
     method: str = "auto",
+    noise_std: float | None = None,
+    loss_scale: float | None = 1.0,
 ) -> LabelResult:
     """Recover the soft label and the head's input feature of one sample.
 
     ``grad_weight`` and ``weight`` are (C, D), ``bias`` and ``grad_bias`` (C,) or None. With a bias
     gradient the closed form of §2 answers for any label (``method='bias'``); without one the
-    scale search of §3 does (``method='scale'``); ``auto`` prefers the former.
+    scale search of §3 does (``method='scale'``); ``auto`` prefers the former. Under noise both are
+    starts for the maximum of the likelihood. ``noise_std`` is the standard deviation of the noise
+    on an entry of the gradient, 0 for none; by default it is estimated. ``loss_scale`` is the
+    factor of the loss, None where it is unknown and to be recovered.
 
     Raises :class:`InputError` when the gradient is not of softmax cross-entropy (Theorem 1 of arXiv
     2402.03124: every column sums to zero over the classes), or holds NaN or infinity.
@@ -56,6 +64,8 @@ def recover_single(
         grad_bias=None if grad_bias is None else grad_bias[None],
         families=families,
         method=method,
+        noise_std=noise_std,
+        loss_scale=loss_scale,
     )
     if isinstance(result, GradleakError):
         raise result
@@ -70,6 +80,8 @@ def recover_singles(
     grad_bias: Tensor | None = None,
     families: Sequence[Family] = FAMILIES,
     method: str = "auto",
+    noise_std: float | None = None,
+    loss_scale: float | None = 1.0,
 ) -> list[LabelResult | GradleakError]:
     """Recover soft label and feature from each of B gradients, on the device that holds them.
 
@@ -90,10 +102,19 @@ def recover_singles(
             weight if weight.dim() == 2 else weight[part],
             bias if bias is None or bias.dim() == 1 else bias[part],
             None if grad_bias is None else grad_bias[part],
-            families,
-            method,
+            _Task(families, method, noise_std, loss_scale),
         )
     return answers
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is asked for; see :func:`recover_single`."""
+
+    families: Sequence[Family]
+    method: str
+    noise_std: float | None
+    loss_scale: float | None
 
 
 @dataclass(frozen=True)
@@ -124,36 +145,42 @@ def _recover(
     weight: Tensor,
     bias: Tensor | None,
     grad_bias: Tensor | None,
-    families: Sequence[Family],
-    method: str,
+    task: _Task,
 ) -> list[LabelResult | GradleakError]:
     """Do the work of :func:`recover_singles` for as many gradients as memory allows at once."""
     # Thousands of small operations: without autograd's bookkeeping they cost a fifth less.
     with torch.inference_mode():
         leading = leading_triple(gradient)
-        ranks = ranks_of(gradient, leading)
+        ranks = ranks_of(gradient, leading, noise_std=task.noise_std)
         sums = column_sums(gradient, leading, ranks)
         found = _without_sample(leading, ranks, sums)
+        gamma = task.loss_scale or 1.0
+        if gamma != 1.0:
+            leading = replace(leading, sigma=leading.sigma / gamma)
+            grad_bias = None if grad_bias is None else grad_bias.double() / gamma
         every = _Singles(
             list(range(len(ranks))),
             leading,
-            scale_problem(leading, weight, bias, noise=_noise(ranks, leading)),
+            scale_problem(leading, weight, bias, noise=_noise(ranks, leading) / gamma),
             grad_bias,
         )
         singles = every.part([b not in found and rank.rank == 1 for b, rank in enumerate(ranks)])
-        groups = list(_solve(singles, found, FamilyTable.of(families, gradient.device), method))
+        clean, noisy = _by_method(singles, task)
+        groups = list(_solve(clean, found, FamilyTable.of(task.families, gradient.device), task))
+        if noisy.members:
+            groups.append((noisy.members, _likeliest(noisy, gradient, weight, bias, task)))
     for members, solved in groups:
         mine = [ranks[b] for b in members], [sums[b][0] for b in members]
         found.update(zip(members, results(solved, *mine), strict=True))
     for b, rank in enumerate(ranks):
         if b not in found:
             found[b] = recover_several(
-                gradient[b],
+                gradient[b] if gamma == 1.0 else gradient[b].double() / gamma,
                 weight if weight.dim() == 2 else weight[b],
                 bias if bias is None or bias.dim() == 1 else bias[b],
                 None if grad_bias is None else grad_bias[b],
                 rank,
-                families=families,
+                families=task.families,
                 column_sums=sums[b][0],
             )
     return [found[b] for b in range(len(ranks))]
@@ -223,11 +250,40 @@ def scale_problem(
     )
 
 
+def _by_method(singles: _Singles, task: _Task) -> tuple[_Singles, _Singles]:
+    """Split into the gradients that are solved exactly and those whose likelihood is maximised.
+
+    The latter are the noisy ones, the ratio of whose gradients is biased, and all of them where the
+    scale of the loss is unknown, except that heads which are not finite are left to the former.
+    """
+    finite = torch.isfinite(singles.problem.a + singles.problem.b).all(1)
+    likely = finite & ((singles.problem.noise > 0.0) | (task.loss_scale is None))
+    return singles.part((~likely).tolist()), singles.part(likely.tolist())
+
+
+def _likeliest(
+    singles: _Singles, gradient: Tensor, weight: Tensor, bias: Tensor | None, task: _Task
+) -> Solved:
+    """Maximise the likelihood of the ``singles`` among the gradients (B, C, D) of a chunk."""
+    index = torch.tensor(singles.members, device=gradient.device)
+    own = weight.expand_as(gradient) if weight.dim() == 2 else weight[index]
+    seen = Observation.of(
+        gradient[index].double() / (task.loss_scale or 1.0),
+        own[: len(index)],
+        singles.problem.b,
+        None if task.method == "scale" else singles.grad_bias,
+        singles.problem.noise,
+    )
+    if task.loss_scale is None:
+        return solve_unknown_scale(seen, singles.problem.unit, task.families)
+    return solve_under_noise(seen, singles.problem.unit, task.families)
+
+
 def _solve(
     singles: _Singles,
     found: dict[int, LabelResult | GradleakError],
     table: FamilyTable,
-    method: str,
+    task: _Task,
 ) -> Iterator[tuple[list[int], Solved]]:
     """Solve the problems, with the bias gradients where they serve; errors go to ``found``."""
 
@@ -238,12 +294,8 @@ def _solve(
 
     heads = torch.isfinite(singles.problem.a + singles.problem.b).all(1)
     singles = usable(singles, heads, lambda: _not_finite("weight or bias"))
-    # Under noise the ratio of two noisy gradients is biased; the search is not.
-    clean = (singles.problem.noise == 0.0).tolist()
-    closed = [
-        singles.grad_bias is not None and (method == "bias" or (method == "auto" and quiet))
-        for quiet in clean
-    ]
+    has_bias = singles.grad_bias is not None and task.method != "scale"
+    closed = [has_bias] * len(singles.members)
     searched = singles.part([not chosen for chosen in closed])
     if searched.members:
         fits = refine(searched.problem, find_candidates(searched.problem, table), table)
