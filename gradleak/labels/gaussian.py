@@ -132,7 +132,8 @@ class Linear:
     """The problem linearised at a model; tensors (B, M, …).
 
     ``step`` is that of (‖x‖, θ, γ), ``across`` that of x perpendicular to ``direction`` = x/‖x‖;
-    ``gain`` is what the step promises to take off ``squares``. ``inverse`` is the inverse of the
+    ``move`` is the square of the step in the metric of the information, ``promise`` what it should
+    take off ``squares``. ``inverse`` is the inverse of the
     information in (‖x‖, θ, γ) and ``log_det`` log det of that in (x, θ, γ), both for a noise of 1;
     ``across_variance`` is the variance of x̂ perpendicular to x for a noise of 1, all of it.
     """
@@ -142,7 +143,8 @@ class Linear:
     direction: Tensor
     norm: Tensor
     squares: Tensor
-    gain: Tensor
+    move: Tensor
+    promise: Tensor
     free: Tensor
     inverse: Tensor
     log_det: Tensor
@@ -231,7 +233,9 @@ def linearise(
     bent = spread(rest[..., None])[..., 0] @ weight
     bent = bent - vecdot(bent, v)[..., None] * v
     bent = long / size * bent
-    gain = vecdot(step, pull) + (size.squeeze(-1) * vecdot(across + bent, across + bent))
+    move = vecdot(step, pull) + size.squeeze(-1) * vecdot(across + bent, across + bent)
+    promise = vecdot(residual, residual) + size.squeeze(-1) * vecdot(across, across)
+    promise = promise - vecdot(target, whitened[..., -1]) + vecdot(step, pull)
     # The part of x that the logits hold, class by class: exact where Ω is diagonal.
     held = kappa * (gamma * p).square() * weight.square().sum(-1)[:, None]
     width, size = weight.shape[2] - 1, size.squeeze(-1)
@@ -241,7 +245,8 @@ def linearise(
         direction=v,
         norm=norm.squeeze(-1),
         squares=squares_at(seen, along, delta, norm.squeeze(-1), size),
-        gain=gain,
+        move=move,
+        promise=promise,
         free=free,
         inverse=inverse,
         log_det=log_det + held.log1p().sum(-1) + width * size.log(),
@@ -292,12 +297,15 @@ def _conjugate_gradients(apply: Callable[[Tensor], Tensor], wanted: Tensor) -> T
     square = residual.square().sum(-2, keepdim=True)
     enough = _CG_TOLERANCE**2 * wanted.square().sum(-2, keepdim=True)
     for _ in range(_CG_STEPS):
-        if bool((square <= enough).all()):
+        left = square > enough
+        if not bool(left.any()):
             break
         turned = apply(direction)
         along = square / (direction * turned).sum(-2, keepdim=True).clamp(min=_TINY)
+        along = torch.where(left, along, 0.0)  # no column depends on what its neighbours need
         solution = solution + along * direction
         residual = residual - along * turned
         before, square = square, residual.square().sum(-2, keepdim=True)
+        square = torch.where(left, square, before)
         direction = residual + square / before.clamp(min=_TINY) * direction
     return solution

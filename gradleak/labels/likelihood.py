@@ -49,36 +49,40 @@ def maximise(seen: Observation, start: Model, *, loss_scale_free: bool = False) 
     stalled = torch.zeros_like(now.squares, dtype=torch.bool)
     for count in range(_STEPS):
         behind = now.squares - now.squares.nan_to_num(torch.inf).amin(1, keepdim=True)
-        hopeless = behind > _BEHIND * variance + (2.0 * now.gain if count < _PATIENCE else 0.0)
-        arrived = now.gain <= _CONVERGED**2 * variance + rounding
-        active = ~(stalled | hopeless | arrived) & now.gain.isfinite()
+        hopeless = behind > _BEHIND * variance + (2.0 * now.promise if count < _PATIENCE else 0.0)
+        arrived = now.move <= _CONVERGED**2 * variance + rounding
+        active = ~(stalled | hopeless | arrived) & now.move.isfinite()
         if not bool(active.any()):
             break
         rows = active.any(1).nonzero().squeeze(1)
         most = int(active.sum(1).amax())
         columns = active[rows].to(torch.uint8).topk(most, 1).indices
+        going = active[rows[:, None], columns]  # the rest fills the rows up and stays where it is
         few, few_gram = (seen, gram) if len(rows) == len(active) else seen.rows(rows, gram)
         before, linear = take(model, rows, columns), take(now, rows, columns)
-        after, better = _improved(few, before, linear, rounding[rows])
-        stalled[rows[:, None], columns] = ~better
+        after, better = _improved(few, before, linear, going, rounding[rows])
+        stalled[rows[:, None], columns] |= going & ~better
         model = _put(model, rows, columns, after)
         now = _put(now, rows, columns, linearise(few, after, few_gram, loss_scale_free))
     return _estimate(seen, model, now)
 
 
 def _improved(
-    seen: Observation, model: Model, now: Linear, rounding: Tensor
+    seen: Observation, model: Model, now: Linear, going: Tensor, rounding: Tensor
 ) -> tuple[Model, Tensor]:
-    """Take the step, shortened until it is an improvement; return what is ``better`` (B, M)."""
+    """Take the step, shortened until it is an improvement; return what is ``better`` (B, M).
+
+    What is not ``going`` (B, M) stays.
+    """
     length = torch.ones_like(now.squares)
     trial = _moved(model, now, length)
     for _ in range(_HALVINGS):
         better = squares_of(seen, trial) <= now.squares + rounding
-        if bool(better.all()):
+        if bool((better | ~going).all()):
             break
         length = torch.where(better, length, 0.3 * length)
         trial = _moved(model, now, length)
-    better = squares_of(seen, trial) <= now.squares + rounding
+    better = going & (squares_of(seen, trial) <= now.squares + rounding)
     wide = better[..., None]
     chosen = replace(
         model,

@@ -22,7 +22,9 @@ from gradleak.labels.refine import Fits, describe, refine
 from gradleak.labels.search import find_candidates
 
 # Candidates that are climbed besides the best one of every family.
-_MORE, _MORE_SCALES = 2, 18
+_MORE, _MORE_SCALES = 6, 18
+# Roots of the search that every family starts from.
+_ROOTS = 3
 # Candidates whose excess over the least sum of squares is this many times that of the best one, or
 # that many squared standard deviations above it, do not start.
 _HOPELESS, _FAR = 10.0, 1e4
@@ -102,15 +104,25 @@ def find_maxima(
 
 
 def _starts(problem: ScaleProblem, known: Tensor | None, table: FamilyTable) -> Fits:
-    """Return the candidates of the search, and those at the ``known`` scale (B,)."""
+    """Return the candidates of the search, and every family at the scales of the best few.
+
+    A root that one family finds is one for the others too, and so is the ``known`` scale (B,).
+    """
     start = refine(problem, find_candidates(problem, table), table)
-    if known is None:
-        return start
-    every = torch.arange(len(table.support), device=known.device)
-    wide = known[:, None].expand(-1, len(every))
-    given = describe(problem, wide, every, table, scale_known=True)
+    quality = torch.where(start.feasible, start.chi2 / start.freedom.clamp(min=1), math.inf)
+    best = quality.topk(_ROOTS, 1, largest=False).indices
+    scale = start.scale.gather(1, best)
+    scale = scale if known is None else torch.cat([scale, known[:, None]], 1)
+    every = torch.arange(len(table.support), device=scale.device)
+    more = describe(
+        problem,
+        scale.repeat_interleave(len(every), 1),
+        every.repeat(scale.shape[1]),
+        table,
+        scale_known=True,
+    )
     joined = {
-        name: torch.cat([value, getattr(given, name)], 0 if name == "family" else 1)
+        name: torch.cat([value, getattr(more, name)], 0 if name == "family" else 1)
         for name, value in vars(start).items()
     }
     return Fits(**joined)
@@ -167,11 +179,14 @@ def _leading(matrix: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return u, σ, v of the leading singular triple of (B, C, D), exact to a part of the noise."""
     found = leading_triple(matrix)
     v, sigma = found.v, found.sigma
+    going = torch.ones_like(noise, dtype=torch.bool)
     for _ in range(_SWEEPS):
-        v = (matrix.mT @ (matrix @ v[..., None])).squeeze(-1)
-        v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp(min=_TINY)
+        swept = (matrix.mT @ (matrix @ v[..., None])).squeeze(-1)
+        swept = swept / torch.linalg.vector_norm(swept, dim=1, keepdim=True).clamp(min=_TINY)
+        v = torch.where(going[:, None], swept, v)
         before, sigma = sigma, torch.linalg.vector_norm(matrix @ v[..., None], dim=(1, 2))
-        if bool((sigma.square() - before.square() <= _PART * noise.square()).all()):
+        going &= sigma.square() - before.square() > _PART * noise.square()
+        if not bool(going.any()):
             break
     v = torch.where(v.sum(1, keepdim=True) < 0, -v, v)
     u = (matrix @ v[..., None]).squeeze(-1) / sigma.clamp(min=_TINY)[:, None]

@@ -21,10 +21,15 @@ from gradleak.softlabels import Family
 _DECISIVE = 3.0
 # A simpler family within so many standard errors is not excluded, whatever the odds.
 _SIGMAS = 4.0
+# A richer family whose label stays this close, two standard errors included, says nothing new; one
+# that may be this far off must be told.
+_MATERIAL, _A_LOT = 5e-3, 2e-2
 # Log odds of a label parameter being there at all: soft labels are rarer the more they need.
 _PER_PARAMETER = math.log(5.0)
 # What the residual may exceed its expectation by, in standard deviations, before it is no fit.
 _ACCEPTABLE, _SLACK = 6.0, 10.0
+# Maxima of one family and support that are this close, in standard errors of ‖x‖, are one.
+_SAME = 0.5
 # Relative standard error of the loss scale beyond which it is not determined.
 _LOOSE_SCALE = 0.3
 
@@ -85,7 +90,9 @@ def _choose(
     rivals = [
         _sample(row, m, families, classes, loss_scale_free)
         for m in order[1:]
-        if odds[best] - odds[m] < _DECISIVE or _not_excluded(row, families, best, m)
+        if odds[best] - odds[m] < _DECISIVE
+        or _too_simple(row, families, best, m)
+        or _richer(row, families, best, m, classes)
     ]
     loose = row.loss_scale_error[best] > _LOOSE_SCALE * row.loss_scale[best]
     if loss_scale_free and loose:
@@ -129,26 +136,67 @@ def _acceptable(row: _Row, m: int) -> bool:
 
 
 def _distinct(row: _Row, families: Sequence[Family], order: Sequence[int]) -> list[int]:
-    """Leave out the maxima that were reached before, from another start."""
+    """Leave out the maxima that were reached before, from another start.
+
+    The start that came first stands for them all, or rounding would choose between them.
+    """
     kept: list[int] = []
     for m in order:
-        support = families[row.family[m]].support
-        if not any(
-            row.family[m] == row.family[k]
-            and set(row.top[m][:support]) == set(row.top[k][:support])
-            and abs(row.scale[m] - row.scale[k]) <= row.scale_error[m] + row.scale_error[k]
-            for k in kept
-        ):
+        same = [place for place, k in enumerate(kept) if _same(row, families, m, k)]
+        if same:
+            kept[same[0]] = min(kept[same[0]], m)
+        else:
             kept.append(m)
     return kept
 
 
-def _not_excluded(row: _Row, families: Sequence[Family], best: int, m: int) -> bool:
+def _same(row: _Row, families: Sequence[Family], m: int, k: int) -> bool:
+    """Return whether ``m`` and ``k`` are one maximum, within the accuracy of the climb."""
+    support = families[row.family[m]].support
+    return (
+        row.family[m] == row.family[k]
+        and set(row.top[m][:support]) == set(row.top[k][:support])
+        and abs(row.scale[m] - row.scale[k]) <= _SAME * (row.scale_error[m] + row.scale_error[k])
+    )
+
+
+def _too_simple(row: _Row, families: Sequence[Family], best: int, m: int) -> bool:
     """Return whether ``m`` is a special case of ``best`` and no more than a few errors from it."""
-    large, small = families[row.family[best]], families[row.family[m]]
+    nested = _special_case(row, families, m, best)
+    return nested and row.chi2[m] - row.chi2[best] < _SIGMAS**2
+
+
+def _richer(row: _Row, families: Sequence[Family], best: int, m: int, classes: int) -> bool:
+    """Return whether ``best`` is a special case of ``m``, whose label may well differ.
+
+    A richer family is left out where its label cannot differ by much. It is left out, too, where it
+    does not fit better by a standard error, the choice of its classes taken into account; unless it
+    needs no choice and its label may differ by a lot.
+    """
+    if not _special_case(row, families, best, m):
+        return False
+    small, large = families[row.family[best]].support, families[row.family[m]].support
+    chosen = sum(math.log(classes - k) for k in range(small, large))
+    apart = max(
+        (classes - 1) * (row.base[m] - row.base[best]),
+        *(
+            weight
+            for c, weight in zip(row.top[m][:large], row.weights[m][:large], strict=True)
+            if c not in row.top[best][:small]
+        ),
+        0.0,
+    )
+    reach = apart + 2.0 * max(row.weight_error[m])
+    if small == large and reach > _A_LOT:
+        return True
+    return row.chi2[best] - row.chi2[m] > 1.0 + 2.0 * chosen and reach > _MATERIAL
+
+
+def _special_case(row: _Row, families: Sequence[Family], m: int, k: int) -> bool:
+    """Return whether the family and support of ``m`` are contained in those of ``k``."""
+    small, large = families[row.family[m]], families[row.family[k]]
     nested = small.support <= large.support and small.base <= large.base and small != large
-    inside = set(row.top[m][: small.support]) <= set(row.top[best][: large.support])
-    return nested and inside and row.chi2[m] - row.chi2[best] < _SIGMAS**2
+    return nested and set(row.top[m][: small.support]) <= set(row.top[k][: large.support])
 
 
 def _sample(
