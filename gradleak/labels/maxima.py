@@ -110,7 +110,7 @@ def _starts(problem: ScaleProblem, known: Tensor | None, table: FamilyTable) -> 
     """
     start = refine(problem, find_candidates(problem, table), table)
     quality = torch.where(start.feasible, start.chi2 / start.freedom.clamp(min=1), math.inf)
-    best = quality.topk(_ROOTS, 1, largest=False).indices
+    best = quality.topk(min(_ROOTS, quality.shape[1]), 1, largest=False).indices
     scale = start.scale.gather(1, best)
     scale = scale if known is None else torch.cat([scale, known[:, None]], 1)
     every = torch.arange(len(table.support), device=scale.device)
