@@ -25,6 +25,7 @@ from gradleak.labels.search import find_candidates
 _MORE, _MORE_SCALES = 6, 18
 # Roots of the search that every family starts from.
 _ROOTS = 3
+_FIXED_POINT = 4
 # Candidates whose excess over the least sum of squares is this many times that of the best one, or
 # that many squared standard deviations above it, do not start.
 _HOPELESS, _FAR = 10.0, 1e4
@@ -114,10 +115,11 @@ def _starts(problem: ScaleProblem, known: Tensor | None, table: FamilyTable) -> 
     scale = start.scale.gather(1, best)
     scale = scale if known is None else torch.cat([scale, known[:, None]], 1)
     every = torch.arange(len(table.support), device=scale.device)
+    scales = torch.cat([scale, *_anchored(problem, scale, int(table.support.max()))], 1)
     more = describe(
         problem,
-        scale.repeat_interleave(len(every), 1),
-        every.repeat(scale.shape[1]),
+        scales.repeat_interleave(len(every), 1),
+        every.repeat(scales.shape[1]),
         table,
         scale_known=True,
     )
@@ -126,6 +128,25 @@ def _starts(problem: ScaleProblem, known: Tensor | None, table: FamilyTable) -> 
         for name, value in vars(start).items()
     }
     return Fits(**joined)
+
+
+def _anchored(problem: ScaleProblem, scale: Tensor, most: int) -> list[Tensor]:
+    """Return scales (B, R) near ``scale`` at which the label is all on its k largest, k ≤ ``most``.
+
+    A label without a base sums to one on its support: s = σ Σ u / (Σ p(s) − 1), both over it. In
+    many classes that says more than the search, which looks at the others one by one.
+    """
+    top = problem.at(scale).y.topk(min(most, problem.classes - 1), -1).indices
+    u = problem.u[:, None].expand(*scale.shape, -1).gather(-1, top).cumsum(-1)
+    found = []
+    for k in range(top.shape[-1]):
+        s = scale
+        for _ in range(_FIXED_POINT):
+            inside = problem.at(s).p.gather(-1, top[..., : k + 1]).sum(-1)
+            aim = problem.sigma[:, None] * u[..., k] / (inside - 1.0)
+            s = (aim / scale).nan_to_num(1.0).clamp(0.3, 3.0) * scale
+        found.append(s)
+    return found
 
 
 def _starts_of_every(
