@@ -46,6 +46,7 @@ _NOTHING: dict[str, object] = {
     "samples": [],
     "residual": None,
     "noise": None,
+    "loss_scale": None,
     "alternatives": [],
     "intervals": [],
     "head": None,
@@ -73,6 +74,27 @@ def command(
             rich_help_panel=ATTACK,
         ),
     ] = "auto",
+    noise_std: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            metavar="STD",
+            help="Standard deviation of the noise on every entry of the gradient, in the "
+            "gradient's units, from 0; 0 is none. Default: estimated.",
+            show_default=False,
+            rich_help_panel=ATTACK,
+        ),
+    ] = None,
+    loss_scale: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FACTOR",
+            help="What the loss was multiplied by, a positive number, or unknown: then it is "
+            "recovered with the label. Default: 1.",
+            show_default=False,
+            rich_help_panel=ATTACK,
+        ),
+    ] = None,
     head: HeadName = None,
     weights: Weights = None,
     output: OutputBundle = None,
@@ -99,6 +121,8 @@ def command(
             bundles,
             family=family,
             method=method,
+            noise_std=noise_std,
+            loss_scale=_factor(loss_scale),
             head=head,
             weights=weights,
             device=device,
@@ -115,6 +139,14 @@ def command(
     run_stage_on_all(console, NAME, sources, work, _NOTHING)
 
 
+def _factor(text: str | None) -> float | str | None:
+    """Return the number that ``text`` is, or the text for the stage to judge."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
 def _report(source: str, outcome: LabelOutcome) -> Report:
     result = outcome.result
     rows = [("verdict", f"{result.verdict}: {result.reason}")]
@@ -122,6 +154,9 @@ def _report(source: str, outcome: LabelOutcome) -> Report:
         sample = result.samples[0]
         rows += [("family", sample.family), *_entries(sample)]
         rows.append(("scale", f"{sample.scale:.6g} ± {number(sample.scale_error, 2)}"))
+        if sample.loss_scale is not None:
+            found = f"{sample.loss_scale:.6g} ± {number(sample.loss_scale_error, 2)}"
+            rows.append(("loss scale", found))
     rows += [
         ("", f"or {other.family}: {_brief(other)}, scale {other.scale:.6g}")
         for other in result.alternatives
@@ -149,6 +184,7 @@ def _report(source: str, outcome: LabelOutcome) -> Report:
         "samples": [_sample(sample) for sample in result.samples],
         "residual": result.residual,
         "noise": result.noise,
+        "loss_scale": _loss_scale(result.samples),
         "rank": result.rank,
         "column_sums": result.column_sums,
         "alternatives": [_sample(sample) for sample in result.alternatives],
@@ -178,6 +214,13 @@ def _entries(sample: SampleLabel) -> list[tuple[str, str]]:
 def _brief(sample: SampleLabel) -> str:
     shown = list(zip(sample.classes, sample.weights, strict=True))[:3]
     return ", ".join(f"class {index} {weight:.4f}" for index, weight in shown)
+
+
+def _loss_scale(samples: tuple[SampleLabel, ...]) -> dict[str, object] | None:
+    """Return the recovered factor of the loss, None where it was given."""
+    if not samples or samples[0].loss_scale is None:
+        return None
+    return {"value": samples[0].loss_scale, "uncertainty": samples[0].loss_scale_error}
 
 
 def _sample(sample: SampleLabel) -> dict[str, object]:

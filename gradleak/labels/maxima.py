@@ -26,6 +26,9 @@ _MORE, _MORE_SCALES = 6, 18
 # Roots of the search that every family starts from.
 _ROOTS = 3
 _FIXED_POINT = 4
+_SHARES = (1.0, 1.4, 2.0)
+# Log odds against a feature that is nowhere positive: activations do not give such.
+_NOWHERE_POSITIVE = math.log(1e3)
 # Candidates whose excess over the least sum of squares is this many times that of the best one, or
 # that many squared standard deviations above it, do not start.
 _HOPELESS, _FAR = 10.0, 1e4
@@ -97,7 +100,8 @@ def find_maxima(
     model = _model(start, family, gamma, factors.direction, table, seen.classes)
     excess = squares_of(seen, model) - factors.least[:, None]
     more = _MORE if loss_scales is None else _MORE_SCALES
-    chosen = _promising(family, excess, seen.noise, len(table.support), more)
+    kind = 2 * family + (start.scale.reshape_as(family) < 0.0)
+    chosen = _promising(kind, excess, seen.noise, 2 * len(table.support), more)
     rows = torch.arange(len(chosen), device=chosen.device)
     free = loss_scales is not None
     found = maximise(seen, take(model, rows, chosen), loss_scale_free=free)
@@ -115,7 +119,8 @@ def _starts(problem: ScaleProblem, known: Tensor | None, table: FamilyTable) -> 
     scale = start.scale.gather(1, best)
     scale = scale if known is None else torch.cat([scale, known[:, None]], 1)
     every = torch.arange(len(table.support), device=scale.device)
-    scales = torch.cat([scale, *_anchored(problem, scale, int(table.support.max()))], 1)
+    most = int(table.support.max())
+    scales = torch.cat([scale, *_anchored(problem, scale, most), _plain(problem, most)], 1)
     more = describe(
         problem,
         scales.repeat_interleave(len(every), 1),
@@ -147,6 +152,22 @@ def _anchored(problem: ScaleProblem, scale: Tensor, most: int) -> list[Tensor]:
             s = (aim / scale).nan_to_num(1.0).clamp(0.3, 3.0) * scale
         found.append(s)
     return found
+
+
+def _plain(problem: ScaleProblem, most: int) -> Tensor:
+    """Return (B, 6 K) scales of both signs that ordinary labels have, whatever the search says.
+
+    Where p is small, δ = −y on the support: s = σ Σ |u| / Σ y over the k most negative entries of
+    s u, and Σ y lies between a half and one for all but the most smoothed labels.
+    """
+    count = min(most, problem.classes - 1)
+    found = []
+    for sign in (1.0, -1.0):
+        largest = (-sign * problem.u).topk(count, 1).values.clamp(min=0.0).cumsum(1)
+        found.append(sign * problem.sigma[:, None] * largest)
+    scale = torch.cat(found, 1)
+    scale = torch.where(scale == 0.0, problem.smallest_scale()[:, None], scale)
+    return torch.cat([share * scale for share in _SHARES], 1)
 
 
 def _starts_of_every(
@@ -214,18 +235,17 @@ def _leading(matrix: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, sigma, v
 
 
-def _promising(family: Tensor, excess: Tensor, noise: Tensor, families: int, more: int) -> Tensor:
-    """Return (B, M') the candidates to climb from: the best one of each family and a few more.
+def _promising(kind: Tensor, excess: Tensor, noise: Tensor, kinds: int, more: int) -> Tensor:
+    """Return (B, M') the candidates to climb from: the best one of each kind and a few more.
 
-    ``excess`` (B, M) is what each adds to the least sum of squares. The hopeless ones, which are
-    all but a few where the noise is small, give their place to the best one.
+    ``kind`` (B, M) is a candidate's family and sign, ``excess`` (B, M) what it adds to the least
+    sum of squares. The hopeless ones, which are all but a few where the noise is small, give their
+    place to the best one.
     """
     excess = excess.nan_to_num(math.inf)
-    own = torch.stack(
-        [torch.where(family == f, excess, math.inf).argmin(1) for f in range(families)], 1
-    )
+    own = torch.stack([torch.where(kind == k, excess, math.inf).argmin(1) for k in range(kinds)], 1)
     others = excess.scatter(1, own, math.inf)
-    rest = others.topk(min(more, others.shape[1] - families), 1, largest=False).indices
+    rest = others.topk(min(more, others.shape[1]), 1, largest=False).indices
     chosen = torch.cat([own, rest], 1)
     excess, order = excess.gather(1, chosen).sort(1)
     best = excess[:, :1]
@@ -275,7 +295,8 @@ def _described(
     chi2 = ((found.squares - factors.least[:, None]) / noise).clamp(min=0.0)
     spare = classes - 2 + int(seen.grad_bias is not None)
     sign = (model.feature @ factors.direction[..., None]).squeeze(-1).sign()
-    volume = _log_volume(found, noise, classes, seen.weight.shape[2], loss_scale_free)
+    volume = -_NOWHERE_POSITIVE * (_one_signed(factors, noise)[:, None] & (sign < 0.0))
+    volume = volume + _log_volume(found, noise, classes, seen.weight.shape[2], loss_scale_free)
     return Maxima(
         family=family,
         top=model.top.gather(-1, turned),
@@ -292,6 +313,13 @@ def _described(
         evidence=(volume - 0.5 * chi2).nan_to_num(-math.inf, -math.inf, -math.inf),
         feature=model.feature,
     )
+
+
+def _one_signed(factors: Factors, noise: Tensor) -> Tensor:
+    """Return (B,) whether noise, τ² (B, 1), explains what v has of negative entries."""
+    v = factors.direction
+    below = v.clamp(max=0.0).square().sum(1)
+    return below <= noise[:, 0] * v.shape[1] / factors.problem.sigma.square()
 
 
 def _label_map(count: int, classes: int, like: Tensor) -> Tensor:

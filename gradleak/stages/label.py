@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from gradleak.labels.verdict import LabelResult
 from gradleak.softlabels import Family, families
 
 METHODS = ("auto", "bias", "scale")
+UNKNOWN = "unknown"
 # Heads held at once: how many, each with its file open, and values of their gradients.
 _HEADS, _VALUES = 256, 1 << 24
 
@@ -42,6 +44,8 @@ class _Attack:
     head: str | None
     weights: Path | str | None
     device: torch.device
+    noise_std: float | None
+    loss_scale: float | str | None
     arguments: dict[str, object]
     seed: int
 
@@ -51,6 +55,8 @@ def recover_label(
     *,
     family: str = "auto",
     method: str = "auto",
+    noise_std: float | None = None,
+    loss_scale: float | str | None = None,
     head: str | None = None,
     weights: Path | str | None = None,
     device: str = "auto",
@@ -60,12 +66,15 @@ def recover_label(
 
     Reads the head's tensors only. ``family`` is one of ``softlabels.FAMILIES`` or ``auto``;
     ``method`` is ``bias`` (closed form), ``scale`` (the search, bias gradient ignored) or ``auto``;
+    ``noise_std`` is the standard deviation of the noise on every entry of the gradient, in its own
+    units, 0 for none; by default it is estimated. ``loss_scale`` is the factor of the loss, a
+    positive number or ``unknown``; by default the bundle's metadata say it, or it is 1.
     ``head`` overrides the search for the classifier; ``weights`` is a state-dict file for a bundle
     without weights. The label goes to ``label/soft`` (N, C) float64, whatever the verdict.
 
     Raises :class:`GradleakError` subclasses as ``read_head`` and ``recover_single`` do.
     """
-    attack = _attack(family, method, head, weights, device, seed)
+    attack = _attack(family, method, noise_std, loss_scale, head, weights, device, seed)
     (outcome,) = _recover([bundle], attack)
     if isinstance(outcome, GradleakError):
         raise outcome
@@ -77,6 +86,8 @@ def recover_labels(
     *,
     family: str = "auto",
     method: str = "auto",
+    noise_std: float | None = None,
+    loss_scale: float | str | None = None,
     head: str | None = None,
     weights: Path | str | None = None,
     device: str = "auto",
@@ -91,12 +102,16 @@ def recover_labels(
 
     Raises :class:`UsageError` for an unknown family, method or device.
     """
-    return _recover(bundles, _attack(family, method, head, weights, device, seed))
+    return _recover(
+        bundles, _attack(family, method, noise_std, loss_scale, head, weights, device, seed)
+    )
 
 
 def _attack(
     family: str,
     method: str,
+    noise_std: float | None,
+    loss_scale: float | str | None,
     head: str | None,
     weights: Path | str | None,
     device: str,
@@ -104,9 +119,25 @@ def _attack(
 ) -> _Attack:
     if method not in METHODS:
         raise UsageError(f"unknown method '{method}'", f"choose one of {', '.join(METHODS)}")
-    arguments: dict[str, object] = {"family": family, "method": method}
+    if noise_std is not None and not 0.0 <= noise_std < math.inf:
+        raise UsageError(f"the noise std {noise_std} is no std", "give a number from 0")
+    if not (
+        loss_scale is None
+        or loss_scale == UNKNOWN
+        or (isinstance(loss_scale, float) and 0.0 < loss_scale < math.inf)
+    ):
+        raise UsageError(
+            f"the loss scale {loss_scale!r} is neither a positive number nor '{UNKNOWN}'",
+            f"give the factor of the loss, or {UNKNOWN}",
+        )
+    arguments: dict[str, object] = {
+        "family": family,
+        "method": method,
+        "noise_std": noise_std,
+        "loss_scale": loss_scale,
+    }
     chosen, where = families(family), resolve_device(device)
-    return _Attack(chosen, method, head, weights, where, arguments, seed)
+    return _Attack(chosen, method, head, weights, where, noise_std, loss_scale, arguments, seed)
 
 
 def _recover(
@@ -132,7 +163,13 @@ def _recover(
 
 
 def _read(bundle: Bundle, attack: _Attack) -> Head:
-    head = read_head(bundle, name=attack.head, weights=attack.weights, device=attack.device)
+    head = read_head(
+        bundle,
+        name=attack.head,
+        weights=attack.weights,
+        device=attack.device,
+        scaled=attack.loss_scale is not None,
+    )
     if attack.method == "bias" and head.grad_bias is None:
         raise UsageError(
             f"method 'bias' needs grad/{head.name}.bias, which the bundle does not hold",
@@ -182,9 +219,18 @@ def _solve_alike(heads: list[Head], attack: _Attack) -> list[LabelResult | Gradl
         ),
         families=attack.families,
         method=attack.method,
+        noise_std=attack.noise_std,
+        loss_scale=_known_scale(attack.loss_scale),
     )
     seconds = (time.perf_counter() - start) / len(heads)
     return [r if isinstance(r, GradleakError) else replace(r, seconds=seconds) for r in results]
+
+
+def _known_scale(loss_scale: float | str | None) -> float | None:
+    """Return the factor of the loss, None where it is unknown."""
+    if loss_scale is None:
+        return 1.0
+    return loss_scale if isinstance(loss_scale, float) else None
 
 
 def _given(tensor: Tensor | None) -> Tensor:
