@@ -115,7 +115,8 @@ def ranks_of(gradient: Tensor, leading: RankOne) -> list[Rank]:
         Rank(rank=int(norm > 0), noise=residual * norm / scale, noisy=False)
         for norm, residual in zip(leading.sigma.tolist(), leading.residual.tolist(), strict=True)
     ]
-    (left,) = torch.where(leading.finite() & (leading.residual > _ROUNDINGS * leading.unit))
+    beyond = (leading.sigma > 0.0) & (leading.residual > _ROUNDINGS * leading.unit)
+    (left,) = torch.where(leading.finite() & beyond)
     for index in left.tolist():
         values = _singular_values(gradient[index])
         ranks[index] = _rank_from(values, float(leading.unit[index]), gradient.shape[1:])

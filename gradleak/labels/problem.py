@@ -87,15 +87,15 @@ class ScaleProblem:
         p = torch.softmax(logits, -1)
         mean = p @ self.a[..., None]
         if self.excess is not None:
-            p = p * (1.0 + self.excess / scale)[..., None]
+            p = p.mul_((1.0 + self.excess / scale)[..., None])
         delta = (self.sigma[:, None] / scale)[..., None] * self.u[:, None]
         slope = torch.addcmul(delta, s * p, self.a[:, None] - mean)
         return Point(scale, p, delta, p - delta, slope)
 
     def variance(self, point: Point) -> Tensor:
         """Return (B, M, C) the variance of y(s): rounding of p, δ and y, and the additive noise."""
-        relative = self.rounding(point)[..., None]
-        rounding = (relative * (point.p + point.delta.abs() + _UNDERFLOW)).square()
+        size = point.delta.abs().add_(point.p).add_(_UNDERFLOW)
+        rounding = size.mul_(self.rounding(point)[..., None]).square_()
         if not self.noisy:
             return rounding
         # Noise reaches y through u, alike for every class, and through v, which turns the logits.
@@ -148,8 +148,3 @@ class FamilyTable:
 def largest_first(y: Tensor, count: int) -> Tensor:
     """Return (..., min(count, C − 1)) the classes of the largest entries of ``y``, descending."""
     return y.topk(min(count, y.shape[-1] - 1), -1).indices
-
-
-def rest_mask(y: Tensor, top: Tensor, outside: Tensor) -> Tensor:
-    """Return (..., C): ``outside`` (..., K) at the classes of ``top`` (..., K), 1 elsewhere."""
-    return torch.ones_like(y).scatter(-1, top, outside.expand(top.shape))

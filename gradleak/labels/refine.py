@@ -16,11 +16,17 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
-from gradleak.labels.problem import FamilyTable, Point, ScaleProblem, largest_first, rest_mask
+from gradleak.labels.problem import FamilyTable, Point, ScaleProblem, largest_first
 
-_UNIFORM_STEPS, _WEIGHTED_STEPS = 2, 3
-# Candidates of a family that survive the first descent.
-_SURVIVORS = 2
+# Candidates of a family after the first look at each and after the first step of the remaining.
+_PROMISING, _SURVIVORS = 3, 2
+# What a Gauss–Newton step promises is believed but for this part of the residual.
+_DOUBT = 0.01
+# Steps of the weighted descent. One is needed while it gains more than _GAIN in χ², and either
+# a fit is in reach, χ² per class below _HOPELESS, or χ² still falls by the factor _FALLS.
+_STEPS, _GAIN, _HOPELESS, _FALLS = 8, 1e-3, 100.0, 0.1
+# How far it may lead in log|s|: χ² has a trivial zero at |s| → ∞, where δ vanishes.
+_FARTHEST = 0.9
 _LARGEST_STEP = 0.3
 _SAME_SCALE = 1e-6
 # Relative rounding of a probability at which it says nothing any more.
@@ -64,60 +70,70 @@ class Fits:
 
 @dataclass(frozen=True)
 class _Choice:
-    """The families of M candidates: ``free`` (M,) 0 or 1, and the support among the K largest."""
+    """The families of M candidates: ``free`` (M,) 0 or 1, and ``outside`` (M, K) the support."""
 
     count: int
     free: Tensor
-    inside: Tensor
     outside: Tensor
 
     @classmethod
     def of(cls, table: FamilyTable, family: Tensor, dtype: torch.dtype) -> _Choice:
-        support = table.support[family]
         count = int(table.support.max())
-        inside = torch.arange(count, device=support.device) < support[:, None]
-        return cls(count, table.base[family].to(dtype), inside, (~inside).to(dtype))
+        order = torch.arange(count, device=family.device)
+        outside = order >= table.support[family][:, None]
+        return cls(count, table.base[family].to(dtype), outside.to(dtype))
 
 
 @dataclass(frozen=True)
 class _Residual:
-    """Least-squares terms of M candidates at one scale each: (B, M, C) or (B, M)."""
+    """Least-squares terms of M candidates at one scale each: (B, M, C) or (B, M).
+
+    ``objective`` is χ² if weighted and ρ if not, ``promise`` what a Gauss–Newton ``step`` in log|s|
+    would leave of it.
+    """
 
     point: Point
     top: Tensor
     weight: Tensor
+    variance: Tensor | None
     base: Tensor
     slope_base: Tensor
     curvature: Tensor
     objective: Tensor
+    promise: Tensor
     step: Tensor
 
 
 def refine(problem: ScaleProblem, candidates: Tensor, table: FamilyTable) -> Fits:
     """Bring candidate scales (B, F, K) to the nearest least-squares scale of their family.
 
-    The few best distinct ones of each family go through the weighted descent and are described.
+    Two steps with equal weights pick the most promising of each family; these go through the
+    weighted descent and are described.
     """
-    scale, family = _flatten(candidates)
-    scale, rho = _descend(problem, scale, table, family, weighted=False, steps=_UNIFORM_STEPS)
-    rho, order = rho.view(candidates.shape).sort(-1)
-    scale = scale.view(candidates.shape).gather(-1, order)
-    # Two candidates that met at the same scale are one.
-    same = (scale[..., 1:] / scale[..., :-1] - 1.0).abs() < _SAME_SCALE
-    rho[..., 1:].masked_fill_(same, math.inf)
-    best = rho.topk(min(_SURVIVORS, rho.shape[-1]), -1, largest=False).indices
-    scale, family = _flatten(scale.gather(-1, best))
-    scale, _ = _descend(problem, scale, table, family, weighted=True, steps=_WEIGHTED_STEPS)
-    fits = describe(problem, scale, family, table, scale_known=False)
+    scale = candidates
+    for kept in (_PROMISING, _SURVIVORS):
+        flat, family = _flatten(scale)
+        now = _residual(problem, flat, _Choice.of(table, family, scale.dtype), weighted=False)
+        outlook = (now.promise + _DOUBT * now.objective).view(scale.shape)
+        outlook, order = outlook.sort(-1)
+        scale = (flat * now.step.exp()).view(scale.shape).gather(-1, order)
+        # Two candidates that met at the same scale are one.
+        same = (scale[..., 1:] / scale[..., :-1] - 1.0).abs() < _SAME_SCALE
+        outlook[..., 1:].masked_fill_(same, math.inf)
+        best = outlook.topk(min(kept, scale.shape[-1]), -1, largest=False).indices
+        scale = scale.gather(-1, best)
+    flat, family = _flatten(scale)
+    fits, point = _descend(problem, flat, family, table)
     quality = torch.where(fits.feasible, fits.chi2 / fits.freedom.clamp(min=1), math.inf)
-    answer = scale.gather(-1, quality.argmin(-1, keepdim=True))
-    doubtful = (problem.noise == 0) & _saturated(problem, answer)
+    winner = quality.argmin(-1, keepdim=True)
+    answer = fits.scale.gather(-1, winner)
+    doubtful = (problem.noise == 0) & _saturated(point, winner)
     (index,) = torch.where(doubtful)
     if not len(index):
         return fits
     # A label at the edge of what a larger family allows is one of many if that family is flat
     # there: ask every family just inside.
-    nearby = 1.0 + torch.tensor(_NEARBY, dtype=scale.dtype, device=scale.device)
+    nearby = 1.0 + scale.new_tensor(_NEARBY)
     count = len(table.support)
     more = torch.arange(count, device=scale.device).repeat_interleave(len(_NEARBY))
     around = (answer[index] * nearby).repeat(1, count)
@@ -138,9 +154,12 @@ def _joined(fits: Fits, more: Fits, index: Tensor) -> Fits:
     return Fits(**fields)
 
 
-def _saturated(problem: ScaleProblem, scale: Tensor) -> Tensor:
-    """Return (B,) whether the classes beyond the few largest have next to no probability left."""
-    p = problem.at(scale).p[:, 0]
+def _saturated(point: Point, winner: Tensor) -> Tensor:
+    """Return (B,) whether the classes beyond the few largest have next to no probability left.
+
+    ``winner`` (B, 1) says which of the M scales of ``point`` is asked about.
+    """
+    p = point.p.gather(1, winner[..., None].expand(-1, -1, point.p.shape[-1]))[:, 0]
     beyond = p.sum(-1) - p.topk(min(3, p.shape[-1]), -1).values.sum(-1)
     return beyond < _SATURATED
 
@@ -159,18 +178,25 @@ def describe(
     ``scale_known`` holds the scale fixed (a bias gradient gives it) instead of counting it as an
     unknown of the fit.
     """
-    support, free = table.support[family], table.base[family]
     choice = _Choice.of(table, family, scale.dtype)
     now = _residual(problem, scale, choice, weighted=True)
-    point, top = now.point, now.top
+    return _describe(problem, now, family, table, scale_known=scale_known)
+
+
+def _describe(
+    problem: ScaleProblem, now: _Residual, family: Tensor, table: FamilyTable, *, scale_known: bool
+) -> Fits:
+    """Fit the label parameters at the scales of ``now``, as :func:`describe` does."""
+    support, free = table.support[family], table.base[family]
+    point, top, scale = now.point, now.top, now.point.scale
     known = problem.unit[:, None].expand_as(scale)
     log_error = known if scale_known else now.curvature.rsqrt()
-    variance = problem.variance(point)
+    variance = problem.variance(point) if now.variance is None else now.variance
     weights = point.y.gather(-1, top)
     sharpness = variance.gather(-1, top).sqrt()
     slope = point.slope.gather(-1, top)
     base_sharpness = now.weight.sum(-1).clamp(min=_TINY).rsqrt()
-    inside = choice.inside[:, : top.shape[-1]]
+    inside = torch.arange(top.shape[-1], device=top.device) < support[:, None]
     one = support == 1
     # With one class the label sums to one by itself: its weight is known from the base.
     alone = 1.0 - (problem.classes - 1) * now.base
@@ -240,28 +266,31 @@ def _log_choices(classes: int, support: Tensor) -> Tensor:
 
 
 def _descend(
-    problem: ScaleProblem,
-    scale: Tensor,
-    table: FamilyTable,
-    family: Tensor,
-    *,
-    weighted: bool,
-    steps: int,
-) -> tuple[Tensor, Tensor]:
-    """Gauss–Newton in log|s|, all candidates at once; the best point met is kept.
+    problem: ScaleProblem, scale: Tensor, family: Tensor, table: FamilyTable
+) -> tuple[Fits, Point]:
+    """Gauss–Newton in log|s| with inverse variances; the best point met is described.
 
-    Returns the scales and objectives (B, M).
+    It ends when no candidate (B, M) that may still fit gains by another step.
     """
     choice = _Choice.of(table, family, scale.dtype)
-    now = _residual(problem, scale, choice, weighted=weighted)
-    best, lowest = scale, now.objective
-    for _ in range(steps):
-        scale = scale * now.step.exp()
-        now = _residual(problem, scale, choice, weighted=weighted)
-        better = now.objective < lowest
-        best = torch.where(better, scale, best)
-        lowest = torch.where(better, now.objective, lowest)
-    return best, lowest
+    hopeless = _HOPELESS * problem.classes
+    start, moved = scale, torch.zeros_like(scale)
+    best, lowest = scale, torch.full_like(scale, math.inf)
+    for left in range(_STEPS, -1, -1):
+        now = _residual(problem, scale, choice, weighted=True)
+        worse = now.objective > lowest
+        best = torch.where(worse, best, scale)
+        lowest = torch.where(worse, lowest, now.objective)
+        gain = now.objective - now.promise
+        near = now.promise < hopeless
+        open_ended = (gain > _GAIN) & (near | (now.promise < _FALLS * now.objective))
+        if not left or not bool(open_ended.any()):
+            break
+        moved = (moved + now.step).clamp(-_FARTHEST, _FARTHEST)
+        scale = start * moved.exp()
+    if bool((worse & (lowest < hopeless)).any()):
+        now = _residual(problem, best, choice, weighted=True)
+    return _describe(problem, now, family, table, scale_known=False), now.point
 
 
 def _residual(
@@ -270,21 +299,45 @@ def _residual(
     """Evaluate y(s) − base over the classes outside the support, and the Gauss–Newton step."""
     point = problem.at(scale)
     top = largest_first(point.y, choice.count)
-    weight = rest_mask(point.y, top, choice.outside[:, : top.shape[-1]])
+    outside = choice.outside[:, : top.shape[-1]].expand(top.shape)
+    variance = None
     if weighted:
-        weight = weight / problem.variance(point)
+        variance = problem.variance(point)
+        weight = variance.reciprocal()
+        weight.scatter_(-1, top, weight.gather(-1, top) * outside)
+    else:
+        weight = torch.ones_like(point.y).scatter_(-1, top, outside)
     share = choice.free / weight.sum(-1).clamp(min=_TINY)
-    base, slope_base = vecdot(weight, point.y) * share, vecdot(weight, point.slope) * share
-    residual = point.y - base[..., None]
-    jacobian = point.slope - slope_base[..., None]
-    pull = weight * residual
-    objective, gradient = vecdot(pull, residual), vecdot(pull, jacobian)
-    curvature = vecdot(weight * jacobian, jacobian).clamp(min=_TINY)
-    if not weighted:  # in units of the gradient, or growing scales would shrink it (§3)
-        square, mean = vecdot(weight * point.delta, point.delta), vecdot(weight, point.delta)
-        objective = objective / (square - mean.square() * share).clamp(min=_TINY)
+    both = torch.stack([point.y, point.slope], -2)
+    bases = vecdot(weight[..., None, :], both) * share[..., None]
+    both -= bases[..., None]
+    # Sums over the classes of residual², residual · slope and slope²: one product of matrices.
+    products = (both * weight[..., None, :]) @ both.mT
+    objective, gradient = products[..., 0, 0], products[..., 0, 1]
+    curvature = products[..., 1, 1]
+    if not weighted:  # of s·y(s), or growing scales would shrink the residual (§3)
+        curvature = curvature + 2.0 * gradient + objective
+        gradient = gradient + objective
+    curvature = curvature.clamp(min=_TINY)
     step = (-gradient / curvature).clamp(-_LARGEST_STEP, _LARGEST_STEP)
-    return _Residual(point, top, weight, base, slope_base, curvature, objective, step)
+    promise = (objective + step * (2.0 * gradient + step * curvature)).clamp(min=0.0)
+    if not weighted:
+        sums = weight @ torch.stack([problem.u, problem.u.square()], -1)
+        spread = sums[..., 1] - sums[..., 0].square() * share
+        size = ((problem.sigma[:, None] / scale).square() * spread).clamp(min=_TINY)
+        objective, promise = objective / size, promise / size
+    return _Residual(
+        point=point,
+        top=top,
+        weight=weight,
+        variance=variance,
+        base=bases[..., 0],
+        slope_base=bases[..., 1],
+        curvature=curvature,
+        objective=objective,
+        promise=promise,
+        step=step,
+    )
 
 
 def _with_feasibility(
