@@ -10,7 +10,7 @@ freedom, one that it does not determine costs nothing and proves nothing.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ _PROMISING, _SURVIVORS = 3, 2
 _DOUBT = 0.01
 # Steps of the weighted descent. One is needed while it gains more than _GAIN in χ², and either
 # a fit is in reach, χ² per class below _HOPELESS, or χ² still falls by the factor _FALLS.
-_STEPS, _GAIN, _HOPELESS, _FALLS = 8, 1e-3, 100.0, 0.1
+_STEPS, _GAIN, _HOPELESS, _FALLS = 8, 0.05, 100.0, 0.1
 # How far it may lead in log|s|: χ² has a trivial zero at |s| → ∞, where δ vanishes.
 _FARTHEST = 0.9
 _LARGEST_STEP = 0.3
@@ -70,32 +70,38 @@ class Fits:
 
 @dataclass(frozen=True)
 class _Choice:
-    """The families of M candidates: ``free`` (M,) 0 or 1, and ``outside`` (M, K) the support."""
+    """The families of M candidates.
+
+    Their ``support`` (M,), ``free`` (M,) 1 or 0 for a base, ``outside`` (M, K) likewise for the
+    largest entries that do not belong to the support.
+    """
 
     count: int
+    support: Tensor
     free: Tensor
     outside: Tensor
 
     @classmethod
     def of(cls, table: FamilyTable, family: Tensor, dtype: torch.dtype) -> _Choice:
-        count = int(table.support.max())
-        order = torch.arange(count, device=family.device)
-        outside = order >= table.support[family][:, None]
-        return cls(count, table.base[family].to(dtype), outside.to(dtype))
+        order = torch.arange(table.largest, device=family.device)
+        support = table.support[family]
+        outside = (order >= support[:, None]).to(dtype)
+        return cls(table.largest, support, table.base[family].to(dtype), outside)
 
 
 @dataclass(frozen=True)
 class _Residual:
     """Least-squares terms of M candidates at one scale each: (B, M, C) or (B, M).
 
-    ``objective`` is χ² if weighted and ρ if not, ``promise`` what a Gauss–Newton ``step`` in log|s|
-    would leave of it.
+    ``total`` is the sum of the weights, ``objective`` χ² if weighted and ρ if not, ``promise`` what
+    a Gauss–Newton ``step`` in log|s| would leave of it.
     """
 
     point: Point
     top: Tensor
     weight: Tensor
     variance: Tensor | None
+    total: Tensor
     base: Tensor
     slope_base: Tensor
     curvature: Tensor
@@ -180,42 +186,35 @@ def describe(
     """
     choice = _Choice.of(table, family, scale.dtype)
     now = _residual(problem, scale, choice, weighted=True)
-    return _describe(problem, now, family, table, scale_known=scale_known)
+    return _describe(problem, now, family, choice, scale_known=scale_known)
 
 
 def _describe(
-    problem: ScaleProblem, now: _Residual, family: Tensor, table: FamilyTable, *, scale_known: bool
+    problem: ScaleProblem, now: _Residual, family: Tensor, choice: _Choice, *, scale_known: bool
 ) -> Fits:
     """Fit the label parameters at the scales of ``now``, as :func:`describe` does."""
-    support, free = table.support[family], table.base[family]
-    point, top, scale = now.point, now.top, now.point.scale
-    known = problem.unit[:, None].expand_as(scale)
-    log_error = known if scale_known else now.curvature.rsqrt()
-    variance = problem.variance(point) if now.variance is None else now.variance
-    weights = point.y.gather(-1, top)
-    sharpness = variance.gather(-1, top).sqrt()
-    slope = point.slope.gather(-1, top)
-    base_sharpness = now.weight.sum(-1).clamp(min=_TINY).rsqrt()
-    inside = torch.arange(top.shape[-1], device=top.device) < support[:, None]
-    one = support == 1
+    assert now.variance is not None
+    point, top, free = now.point, now.top, choice.free
+    outside = choice.outside[:, : top.shape[-1]]
+    inside = 1.0 - outside
+    log_error = now.curvature.rsqrt()
+    if scale_known:
+        log_error = problem.unit[:, None].expand_as(log_error)
+    base_sharpness = now.total.rsqrt() * free
+    own = (
+        point.y.gather(-1, top),
+        point.slope.gather(-1, top),
+        now.variance.gather(-1, top).sqrt(),
+    )
     # With one class the label sums to one by itself: its weight is known from the base.
-    alone = 1.0 - (problem.classes - 1) * now.base
-    weights = torch.where(one[:, None] & inside, alone[..., None], weights)
-    slope = torch.where(
-        one[:, None] & inside, -(problem.classes - 1) * now.slope_base[..., None], slope
-    )
-    sharpness = torch.where(
-        one[:, None] & inside,
-        ((problem.classes - 1) * base_sharpness * free)[..., None],
-        sharpness,
-    )
-    base_sharpness = torch.where(free, base_sharpness, 0.0)
-    weight_error = (sharpness.square() + (slope * log_error[..., None]).square()).sqrt()
-    base_error = (base_sharpness.square() + (now.slope_base * log_error).square()).sqrt()
-    base_error = torch.where(free, base_error, 0.0)
-    equations = (now.weight > 0).logical_and(point.informative()).sum(-1)
+    rest = problem.classes - 1
+    alone = (1.0 - rest * now.base, -rest * now.slope_base, rest * base_sharpness)
+    single = (choice.support == 1)[:, None] & (outside == 0.0)
+    parts = torch.where(single, torch.stack(alone)[..., None], torch.stack(own))
+    weights, slope, sharpness = parts[0], parts[1] * inside, parts[2] * inside
+    equations = ((now.weight > 0) & point.informative()).sum(-1)
     fits = Fits(
-        scale=scale,
+        scale=point.scale,
         family=family,
         top=top,
         weights=weights,
@@ -223,13 +222,13 @@ def _describe(
         chi2=now.objective,
         freedom=equations - free.long() - int(not scale_known),
         scale_error=log_error,
-        weight_error=torch.where(inside, weight_error, 0.0),
-        base_error=base_error,
-        weight_sharpness=torch.where(inside, sharpness, 0.0),
+        weight_error=torch.hypot(sharpness, slope * log_error[..., None]),
+        base_error=torch.hypot(base_sharpness, now.slope_base * log_error),
+        weight_sharpness=sharpness,
         base_sharpness=base_sharpness,
-        feasible=torch.ones_like(scale, dtype=torch.bool),
+        feasible=free > 0,
     )
-    return _with_feasibility(problem, fits, point, inside, free, scale_known)
+    return _with_feasibility(problem, fits, point, choice, scale_known)
 
 
 def log_evidence(
@@ -244,17 +243,18 @@ def log_evidence(
     """
     spread = (2.0 * math.pi * inflation).sqrt()[:, None]
     support, free = table.support[fits.family], table.base[fits.family]
-    volume = (fits.scale_error * spread / _LOG_SCALE_PRIOR).clamp(1e-30, 1.0).log()
-    base = (fits.base_sharpness * spread * problem.classes).clamp(1e-30, 1.0).log()
-    weights = (fits.weight_sharpness * spread[..., None]).clamp(1e-30, 1.0).log()
-    order = torch.arange(fits.top.shape[-1], device=support.device)
-    mixture = (order > 0) & (order < support[:, None])
-    volume = volume + torch.where(free, base, 0.0)
+    parameters = (fits.scale_error / _LOG_SCALE_PRIOR, fits.base_sharpness * problem.classes)
+    errors = torch.cat([torch.stack(parameters, -1), fits.weight_sharpness], -1)
+    # Which of them a family has: the scale, its base, and all weights of a mixture but one.
+    order = torch.arange(-2, fits.top.shape[-1], device=support.device)
+    has = (order == -2) | ((order == -1) & free[:, None])
+    has |= (order > 0) & (order < support[:, None])
+    volumes = (errors * spread[..., None]).clamp(1e-30, 1.0).log()
+    volume = volumes.masked_fill(~has, 0.0).sum(-1)
     if problem.noisy:
         # Without noise a fit of the wrong classes is no fit; under it the best of many may be one.
         noisy = (problem.noise > 0).to(volume.dtype)[:, None]
         volume = volume - noisy * _log_choices(problem.classes, support)
-    volume = volume + torch.where(mixture, weights, 0.0).sum(-1)
     return volume - 0.5 * fits.chi2 / inflation[:, None]
 
 
@@ -288,9 +288,10 @@ def _descend(
             break
         moved = (moved + now.step).clamp(-_FARTHEST, _FARTHEST)
         scale = start * moved.exp()
-    if bool((worse & (lowest < hopeless)).any()):
+    worse = (now.objective > lowest * (1.0 + _GAIN) + _GAIN) & (lowest < hopeless)
+    if bool(worse.any()):
         now = _residual(problem, best, choice, weighted=True)
-    return _describe(problem, now, family, table, scale_known=False), now.point
+    return _describe(problem, now, family, choice, scale_known=False), now.point
 
 
 def _residual(
@@ -307,7 +308,8 @@ def _residual(
         weight.scatter_(-1, top, weight.gather(-1, top) * outside)
     else:
         weight = torch.ones_like(point.y).scatter_(-1, top, outside)
-    share = choice.free / weight.sum(-1).clamp(min=_TINY)
+    total = weight.sum(-1).clamp_(min=_TINY)
+    share = choice.free / total
     both = torch.stack([point.y, point.slope], -2)
     bases = vecdot(weight[..., None, :], both) * share[..., None]
     both -= bases[..., None]
@@ -331,6 +333,7 @@ def _residual(
         top=top,
         weight=weight,
         variance=variance,
+        total=total,
         base=bases[..., 0],
         slope_base=bases[..., 1],
         curvature=curvature,
@@ -341,25 +344,24 @@ def _residual(
 
 
 def _with_feasibility(
-    problem: ScaleProblem,
-    fits: Fits,
-    point: Point,
-    inside: Tensor,
-    free: Tensor,
-    scale_known: bool,
+    problem: ScaleProblem, fits: Fits, point: Point, choice: _Choice, scale_known: bool
 ) -> Fits:
     """Keep the labels of the simplex whose every parameter is more than a rounding."""
-    floor = (_NEGLIGIBLE * problem.rounding(point)).clamp(max=_NEGLIGIBLE_AT_MOST)
-    noisy = (problem.noise > 0)[:, None]
-    # Under noise a parameter may be small; the evidence decides whether it is there.
-    floor = torch.where(noisy, 0.0, floor)
-    slack = torch.where(noisy, 6.0 * fits.weight_error.amax(-1).clamp(max=0.1), 0.0)
-    above = fits.weights - fits.base[..., None] > (floor - slack)[..., None]
-    slack = torch.where(noisy, 6.0 * fits.base_error.clamp(max=0.1), 0.0)
-    positive = fits.base * problem.classes > floor - slack * problem.classes
-    feasible = (above | ~inside).all(-1) & (positive | ~free)
+    outside = choice.outside[:, : fits.top.shape[-1]] > 0.0
+    rounding = problem.rounding(point)
+    floor = (_NEGLIGIBLE * rounding).clamp(max=_NEGLIGIBLE_AT_MOST)
+    weight_floor, base_floor = floor, floor
+    if problem.noisy:
+        # Under noise a parameter may be small; the evidence decides whether it is there.
+        noisy = (problem.noise > 0)[:, None]
+        slack = 6.0 * fits.weight_error.amax(-1).clamp(max=0.1)
+        weight_floor = torch.where(noisy, -slack, floor)
+        slack = 6.0 * fits.base_error.clamp(max=0.1)
+        base_floor = torch.where(noisy, -slack * problem.classes, floor)
+    above = (fits.weights - fits.base[..., None] > weight_floor[..., None]) | outside
+    positive = (fits.base * problem.classes > base_floor) | (choice.free == 0.0)
     # Where the rounding of the logits alone scrambles the probabilities, everything fits.
-    feasible = feasible & (problem.rounding(point) < _SCRAMBLED)
+    feasible = above.all(-1) & positive & (rounding < _SCRAMBLED)
     # Classes that float32 has rounded away fit any scale; they are equations all the same.
-    rest = problem.classes - inside.sum(-1) - free.long() - int(not scale_known)
-    return Fits(**{**fits.__dict__, "feasible": feasible & (rest >= 1)})
+    least = choice.support + choice.free + int(not scale_known)
+    return replace(fits, feasible=feasible & (least < problem.classes))

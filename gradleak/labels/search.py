@@ -53,9 +53,9 @@ def _grid() -> tuple[float, ...]:
 def scale_grid(problem: ScaleProblem) -> Tensor:
     """Return (B, S) positive scales, fine enough for every dip of ρ that the logits allow.
 
-    It starts at the smallest possible scale and ends where the softmax has long saturated; a grid
-    shorter than the longest of the batch repeats its last point. A head whose logits do not depend
-    on the scale (range(a) = 0) gets an ordinary logarithmic grid.
+    It starts below the smallest possible scale and ends where the softmax has long saturated; a
+    grid shorter than the longest of the batch repeats its last point. A head whose logits do not
+    depend on the scale (range(a) = 0) gets an ordinary logarithmic grid.
     """
     grid, first, reach = _place(problem)
     index = first[:, None] + torch.arange(len(grid) - int(first.min()), device=grid.device)
@@ -68,7 +68,7 @@ def _place(problem: ScaleProblem) -> tuple[Tensor, Tensor, Tensor]:
     low, high = torch.aminmax(problem.a, dim=1)
     reach, start = high - low, problem.smallest_scale()
     reach = torch.where(reach > 0, reach, start.reciprocal())
-    first = torch.searchsorted(grid, start * reach) - 1
+    first = torch.searchsorted(grid, start * reach) - 2  # a minimum has a neighbour below
     return grid, first.clamp(0, len(grid) - 2), reach
 
 
@@ -108,13 +108,13 @@ def _rows_of(problem: ScaleProblem) -> _Rows:
 
 def _curves(rows: _Rows, scale: Tensor, table: FamilyTable) -> Tensor:
     """Return ρ (F, R, S) at positive scales ``(R, S)``."""
-    classes, most = rows.a.shape[-1], int(table.support.max())
+    classes = rows.a.shape[-1]
     ratio = (scale / rows.sigma[:, None])[..., None]
     logits = torch.addcmul(rows.b[:, None], scale[..., None], rows.a[:, None])
     # (s/σ) y, the label in units of the gradient: ρ(s) needs no other normalisation.
     r = torch.addcmul(-rows.u[:, None], ratio, torch.softmax(logits, -1))
     u = rows.u[:, None].expand_as(r)
-    largest, top = r.topk(min(most, classes - 1), -1)
+    largest, top = r.topk(min(table.largest, classes - 1), -1)
     excluded = torch.stack([largest, u.gather(-1, top)])
     rests = r.scatter_(-1, top, 0.0), u.scatter(-1, top, 0.0)
     total = torch.stack([rest.sum(-1) for rest in rests])[..., None]
@@ -128,8 +128,10 @@ def _curves(rows: _Rows, scale: Tensor, table: FamilyTable) -> Tensor:
     free = table.base.to(r.dtype)
     spread = square - total.square() * (free / (classes - support).to(r.dtype))
     curves = (spread[0].clamp(min=0.0) / spread[1].clamp(min=1e-300)).movedim(-1, 0)
-    determined = classes - table.support >= 2 + table.base.long()
-    return curves.masked_fill(~determined[:, None, None], math.inf)
+    if classes < table.largest + 3:
+        determined = classes - table.support >= 2 + table.base.long()
+        curves = curves.masked_fill(~determined[:, None, None], math.inf)
+    return curves
 
 
 def find_candidates(problem: ScaleProblem, table: FamilyTable) -> Tensor:
@@ -137,12 +139,12 @@ def find_candidates(problem: ScaleProblem, table: FamilyTable) -> Tensor:
     rows = _rows_of(problem)
     grid, first, reach = _place(problem)
     begin, end = _windows(problem, rows, grid, first, reach)
-    reach, first = reach.repeat_interleave(2), first.repeat_interleave(2)
+    reach = reach.repeat_interleave(2)
     length = end - begin
     longest = length.tolist()
     room = _RUN[grid.device.type] // problem.classes
     if len(longest) * max(longest) <= room:
-        found = _minima(rows, _Window(grid, begin, first, reach), max(longest), table)
+        found = _minima(rows, _Window(grid, begin, reach), max(longest), table)
     else:
         # The longest first, so that a run of rows wastes little on the shorter ones.
         order = length.argsort(descending=True)
@@ -151,43 +153,37 @@ def find_candidates(problem: ScaleProblem, table: FamilyTable) -> Tensor:
         done = 0
         while done < len(order):
             run = order[done : done + max(1, room // longest[done])]
-            window = _Window(grid, begin[run], first[run], reach[run])
+            window = _Window(grid, begin[run], reach[run])
             found[run] = _minima(rows.at(run), window, longest[done], table)
             done += len(run)
     found[1::2] *= -1.0
-    return found.view(len(first) // 2, 2, -1, found.shape[-1]).movedim(1, 2).flatten(2)
+    return found.view(len(first), 2, -1, found.shape[-1]).movedim(1, 2).flatten(2)
 
 
 class _Window(NamedTuple):
-    """Where to look: the grid of t, from index ``begin`` (R,), itself no less than ``first``."""
+    """Where to look: the ``grid`` of t, in units of 1/``reach`` (R,), from index ``begin`` (R,)."""
 
     grid: Tensor
     begin: Tensor
-    first: Tensor
     reach: Tensor
 
 
 def _minima(rows: _Rows, window: _Window, length: int, table: FamilyTable) -> Tensor:
     """Return (R, F, K) the scales of the lowest local minima of ρ in windows of that length."""
     points = len(window.grid)
-    begin = window.begin.clamp(max=max(0, points - length))
-    length = min(length, points)
+    begin = window.begin.clamp(max=points - length)
     index = begin[:, None] + torch.arange(length, device=begin.device)
     scale = window.grid[index] / window.reach[:, None]
     run = max(1, _RUN[scale.device.type] // rows.a.numel())
     parts: tuple[Tensor, ...] = torch.split(scale, run, 1)
     curves = torch.cat([_curves(rows, part, table) for part in parts], -1)
-    # The curve goes on beyond a window's end, unless the grid ends there.
-    edge = curves.new_full((*curves.shape[:2], 1), -math.inf)
-    left = edge.masked_fill((begin <= window.first)[:, None], math.inf)
-    right = edge.masked_fill((begin + length == points)[:, None], math.inf)
-    bordered = torch.cat([left, curves, right], -1)
-    falls = (curves <= bordered[..., :-2]) & (curves <= bordered[..., 2:])
-    depth = curves.masked_fill(~falls, math.inf)
-    lowest, best = depth.topk(min(_KEEP, length), -1, largest=False)
+    inner, inner_scale = curves[..., 1:-1], scale[:, 1:-1]
+    falls = (inner <= curves[..., :-2]) & (inner <= curves[..., 2:])
+    depth = inner.masked_fill(~falls, math.inf)
+    lowest, best = depth.topk(_KEEP, -1, largest=False)
     # Where there are fewer minima, the lowest stands in.
     best = torch.where(lowest < math.inf, best, best[..., :1])
-    return scale.expand_as(curves).gather(-1, best).movedim(0, 1)
+    return inner_scale.expand_as(inner).gather(-1, best).movedim(0, 1)
 
 
 def _windows(
@@ -204,17 +200,18 @@ def _windows(
     looks = (points - int(first.min()) - 1) // _COARSE + 2
     index = first[:, None] + _COARSE * torch.arange(looks, device=grid.device)
     coarse = grid[index.clamp_(max=points - 1)] / reach[:, None]
-    s = coarse.repeat_interleave(2, 0)[..., None]
-    taken = torch.log((rows.sigma[:, None] * rows.u).clamp_(min=0.0)).sub_(rows.b)
-    excess = torch.addcmul(taken[:, None], s, rows.a[:, None], value=-1.0).amax(-1)
-    excess += torch.addcmul(rows.b[:, None], s, rows.a[:, None]).amax(-1)
-    excess -= s[..., 0].log()
+    a, b, u = (tensor.view(len(first), 2, -1) for tensor in (rows.a, rows.b, rows.u))
+    s = coarse[:, None, :, None]
+    taken = torch.log((problem.sigma[:, None, None] * u).clamp_(min=0.0)).sub_(b)
+    excess = torch.addcmul(taken[:, :, None], s, a[:, :, None], value=-1.0).amax(-1)
+    excess += torch.addcmul(b[:, :, None], s, a[:, :, None]).amax(-1)
+    excess -= coarse.log()[:, None]
     slope, offset = problem.largest_logit
     vague = (torch.addcmul(offset, coarse, slope) > _VAGUE) | (problem.noise > 0.0)[:, None]
-    inside = (excess <= _MARGIN) | vague.repeat_interleave(2, 0)
-    inside.scatter_(1, excess.argmin(1, keepdim=True), True)
+    outside = (excess > _MARGIN) & ~vague[:, None]
+    outside.scatter_(-1, excess.argmin(-1, keepdim=True), False)
     # A root just inside is lowest at a point just outside, which has to have neighbours.
-    index = index.repeat_interleave(2, 0)
-    begin = index.masked_fill(~inside, points).amin(1) - (_COARSE + 2)
-    end = index.masked_fill(~inside, 0).amax(1) + (_COARSE + 3)
-    return begin.maximum(first.repeat_interleave(2)), end.clamp_(max=points)
+    index = index[:, None].expand_as(excess)
+    begin = index.masked_fill(outside, points).amin(-1) - (_COARSE + 2)
+    end = index.masked_fill(outside, 0).amax(-1) + (_COARSE + 3)
+    return begin.maximum(first[:, None]).flatten(), end.clamp_(max=points).flatten()
