@@ -40,8 +40,9 @@ def read_head(
     """Find the head and read its tensors onto ``device``.
 
     ``name`` overrides the search; ``weights`` is a file of model weights for a bundle without its
-    own; ``scaled`` accepts a scaled loss. Raises :class:`InputError` when no or several candidates are found, or shapes disagree, and
-    :class:`IncompleteError` when its gradient or weights are missing.
+    own; ``scaled`` accepts a scaled loss. Raises :class:`InputError` when no or several candidates
+    are found, or shapes disagree, and :class:`IncompleteError` when its gradient or weights are
+    missing.
     """
     bundle.require_softmax_loss(scaled=scaled)
     layer = name if name is not None else find_head(bundle)

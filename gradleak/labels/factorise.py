@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradleak.linalg import effective_precisions, precision, row_blocks
+from gradleak.linalg import effective_precisions, precision, wide_blocks
 
 # A rank-one residual up to this many roundings is rounding, not noise and not a second sample.
 _ROUNDINGS = 16.0
@@ -86,12 +86,11 @@ def _project(gradient: Tensor, v: Tensor, unit: Tensor) -> RankOne:
     v = torch.where(v.sum(1, keepdim=True) < 0, -v, v)
     parts = []
     left = torch.zeros_like(v[:, 0])
-    for rows in row_blocks(gradient):
-        block = gradient[:, rows].double()
+    for _, block in wide_blocks(gradient):
         along = block @ v[:, :, None]
         parts.append(along)
-        rest = torch.baddbmm(block, along, v[:, None, :], alpha=-1.0).flatten(1)
-        left = left + torch.linalg.vecdot(rest, rest)
+        rest = block.addcmul_(along, v[:, None, :], value=-1.0).flatten(1)
+        left = left + (rest[:, None] @ rest[..., None]).flatten()
     u = torch.cat(parts, 1).squeeze(-1)
     sigma = torch.linalg.vector_norm(u, dim=1)
     return RankOne(
@@ -112,17 +111,16 @@ def ranks_of(gradient: Tensor, leading: RankOne, *, noise_std: float | None = No
     known, 0 for none.
     """
     scale = math.sqrt(gradient.shape[1] * gradient.shape[2])
-    ranks = [
-        Rank(rank=int(norm > 0), noise=residual * norm / scale, noisy=False)
-        for norm, residual in zip(leading.sigma.tolist(), leading.residual.tolist(), strict=True)
-    ]
-    doubtful = leading.residual > _ROUNDINGS * leading.unit
-    if noise_std:  # a declared noise beyond rounding counts, even where none is to be seen
-        doubtful |= noise_std * scale > _ROUNDINGS * leading.unit * leading.sigma
-    (left,) = torch.where(leading.finite() & doubtful)
-    for index in left.tolist():
-        values = _singular_values(gradient[index])
-        ranks[index] = _rank_from(values, float(leading.unit[index]), gradient.shape[1:], noise_std)
+    ranks = []
+    numbers = (leading.sigma.tolist(), leading.residual.tolist(), leading.unit.tolist())
+    for index, (norm, residual, unit) in enumerate(zip(*numbers, strict=True)):
+        # A declared noise beyond rounding counts, even where none is to be seen.
+        declared = (noise_std or 0.0) * scale > _ROUNDINGS * unit * norm
+        if 0.0 < norm < math.inf and (residual > _ROUNDINGS * unit or declared):
+            values = _singular_values(gradient[index])
+            ranks.append(_rank_from(values, unit, gradient.shape[1:], noise_std))
+        else:
+            ranks.append(Rank(rank=int(norm > 0), noise=residual * norm / scale, noisy=False))
     return ranks
 
 
@@ -179,11 +177,10 @@ def _singular_values(matrix: Tensor) -> Tensor:
 def _sweep(gradient: Tensor, v: Tensor) -> Tensor:
     """Return the normalised Gᵀ G v of gradients ``(B, C, D)`` in one pass over them."""
     out = torch.zeros_like(v)
-    for rows in row_blocks(gradient):
-        block = gradient[:, rows].double()
+    for _, block in wide_blocks(gradient):
         out = out + ((block @ v[:, :, None]).mT @ block).squeeze(1)
     return out / _nonzero(torch.linalg.vector_norm(out, dim=1, keepdim=True))
 
 
 def _nonzero(norm: Tensor) -> Tensor:
-    return torch.where(norm > 0, norm, torch.ones_like(norm))
+    return norm + (norm == 0)

@@ -22,7 +22,7 @@ from gradleak.labels.refine import Fits, describe, refine
 from gradleak.labels.search import find_candidates
 
 # Candidates that are climbed besides the best one of every family.
-_MORE, _MORE_SCALES = 6, 18
+_MORE, _MORE_SCALES = 2, 18
 # Roots of the search that every family starts from.
 _ROOTS = 3
 _FIXED_POINT = 4

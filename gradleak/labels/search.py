@@ -53,18 +53,23 @@ def _grid() -> tuple[float, ...]:
 def scale_grid(problem: ScaleProblem) -> Tensor:
     """Return (B, S) positive scales, fine enough for every dip of ρ that the logits allow.
 
-    It starts at the smallest possible scale and ends where the softmax has long saturated; a grid
-    shorter than the longest of the batch repeats its last point. A head whose logits do not depend
-    on the scale (range(a) = 0) gets an ordinary logarithmic grid.
+    It starts below the smallest possible scale and ends where the softmax has long saturated; a
+    grid shorter than the longest of the batch repeats its last point. A head whose logits do not
+    depend on the scale (range(a) = 0) gets an ordinary logarithmic grid.
     """
-    grid = problem.a.new_tensor(_grid())
-    spread = problem.a.amax(1) - problem.a.amin(1)
-    start = problem.smallest_scale()
-    reach = torch.where(spread > 0, spread, 1.0 / start)
-    first = (torch.searchsorted(grid, start * reach) - 1).clamp(0, len(grid) - 2)
-    count = len(grid) - int(first.min())
-    index = first[:, None] + torch.arange(count, device=first.device)
+    grid, first, reach = _place(problem)
+    index = first[:, None] + torch.arange(len(grid) - int(first.min()), device=grid.device)
     return grid[index.clamp(max=len(grid) - 1)] / reach[:, None]
+
+
+def _place(problem: ScaleProblem) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the grid of t, the index (B,) at which it begins for each problem, and range(a)."""
+    grid = problem.a.new_tensor(_grid())
+    low, high = torch.aminmax(problem.a, dim=1)
+    reach, start = high - low, problem.smallest_scale()
+    reach = torch.where(reach > 0, reach, start.reciprocal())
+    first = torch.searchsorted(grid, start * reach) - 2  # a minimum has a neighbour below
+    return grid, first.clamp(0, len(grid) - 2), reach
 
 
 def residual_curves(problem: ScaleProblem, scale: Tensor, table: FamilyTable) -> Tensor:
@@ -104,113 +109,109 @@ def _rows_of(problem: ScaleProblem) -> _Rows:
 def _curves(rows: _Rows, scale: Tensor, table: FamilyTable) -> Tensor:
     """Return ρ (F, R, S) at positive scales ``(R, S)``."""
     classes = rows.a.shape[-1]
-    ratio = scale / rows.sigma[:, None]
+    ratio = (scale / rows.sigma[:, None])[..., None]
     logits = torch.addcmul(rows.b[:, None], scale[..., None], rows.a[:, None])
     # (s/σ) y, the label in units of the gradient: ρ(s) needs no other normalisation.
-    r = torch.addcmul(-rows.u[:, None], ratio[..., None], torch.softmax(logits, -1))
-    largest = r.topk(min(int(table.support.max()), classes - 1), -1)
+    r = torch.addcmul(-rows.u[:, None], ratio, torch.softmax(logits, -1))
     u = rows.u[:, None].expand_as(r)
-    r_sums = _rest_sums(r.scatter_(-1, largest.indices, 0.0), largest.values)
-    u_sums = _rest_sums(u.scatter(-1, largest.indices, 0.0), u.gather(-1, largest.indices))
-    undetermined = torch.full(scale.shape, math.inf, dtype=r.dtype, device=r.device)
-    curves = []
-    for k, base in zip(table.support.tolist(), table.base.tolist(), strict=True):
-        rest = classes - k
-        if rest < 2 + int(base) or k > largest.values.shape[-1]:
-            curves.append(undetermined)
-            continue
-        (r_sum, r_square), (u_sum, u_square) = r_sums[k - 1], u_sums[k - 1]
-        if base:
-            r_square = (r_square - r_sum.square() / rest).clamp(min=0.0)
-            u_square = u_square - u_sum.square() / rest
-        curves.append(r_square / u_square.clamp(min=1e-300))
-    return torch.stack(curves)
-
-
-def _rest_sums(rest: Tensor, excluded: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return Σ t and Σ t² over all classes but the first k of ``excluded``, for k = 1 … K.
-
-    ``rest`` (…, C) is t with zeros for all K excluded entries (…, K). These can exceed the rest by
-    many orders, so they are added back rather than subtracted.
-    """
-    total, square = rest.sum(-1), torch.linalg.vector_norm(rest, dim=-1).square()
-    sums = [(total, square)]
-    for value in excluded[..., 1:].unbind(-1)[::-1]:
-        total, square = total + value, torch.addcmul(square, value, value)
-        sums.insert(0, (total, square))
-    return sums
+    largest, top = r.topk(min(table.largest, classes - 1), -1)
+    excluded = torch.stack([largest, u.gather(-1, top)])
+    rests = r.scatter_(-1, top, 0.0), u.scatter(-1, top, 0.0)
+    total = torch.stack([rest.sum(-1) for rest in rests])[..., None]
+    square = torch.stack([torch.linalg.vector_norm(rest, dim=-1) for rest in rests])[..., None]
+    # Σ t and Σ t² over all classes but the k largest, (2, R, S, F), for t = r and u. The excluded
+    # entries may exceed the rest by many orders, so they are added back rather than subtracted.
+    support = table.support.clamp(max=top.shape[-1])
+    order = torch.arange(top.shape[-1], device=top.device)
+    back = (order[:, None] >= support).to(r.dtype)
+    total, square = total + excluded @ back, square.square() + excluded.square() @ back
+    free = table.base.to(r.dtype)
+    spread = square - total.square() * (free / (classes - support).to(r.dtype))
+    curves = (spread[0].clamp(min=0.0) / spread[1].clamp(min=1e-300)).movedim(-1, 0)
+    if classes < table.largest + 3:
+        determined = classes - table.support >= 2 + table.base.long()
+        curves = curves.masked_fill(~determined[:, None, None], math.inf)
+    return curves
 
 
 def find_candidates(problem: ScaleProblem, table: FamilyTable) -> Tensor:
     """Return (B, F, K) signed scales: the best local minima of ρ of every family, both signs."""
-    grid = scale_grid(problem)
     rows = _rows_of(problem)
-    start, length = _windows(problem, rows, grid)
-    grid = grid.repeat_interleave(2, 0)
+    grid, first, reach = _place(problem)
+    begin, end = _windows(problem, rows, grid, first, reach)
+    reach = reach.repeat_interleave(2)
+    length = end - begin
     longest = length.tolist()
     room = _RUN[grid.device.type] // problem.classes
     if len(longest) * max(longest) <= room:
-        found = _minima(rows, grid, start, max(longest), table)
+        found = _minima(rows, _Window(grid, begin, reach), max(longest), table)
     else:
         # The longest first, so that a run of rows wastes little on the shorter ones.
         order = length.argsort(descending=True)
         longest = length[order].tolist()
-        found = grid.new_empty(len(grid), len(table.support), _KEEP)
+        found = grid.new_empty(len(begin), len(table.support), _KEEP)
         done = 0
         while done < len(order):
             run = order[done : done + max(1, room // longest[done])]
-            found[run] = _minima(rows.at(run), grid[run], start[run], longest[done], table)
+            window = _Window(grid, begin[run], reach[run])
+            found[run] = _minima(rows.at(run), window, longest[done], table)
             done += len(run)
     found[1::2] *= -1.0
-    return found.view(len(grid) // 2, 2, -1, found.shape[-1]).movedim(1, 2).flatten(2)
+    return found.view(len(first), 2, -1, found.shape[-1]).movedim(1, 2).flatten(2)
 
 
-def _minima(rows: _Rows, grid: Tensor, start: Tensor, length: int, table: FamilyTable) -> Tensor:
-    """Return (R, F, K) the scales of the lowest local minima of ρ in windows of the grid (R, S)."""
-    points = grid.shape[1]
-    start = start.clamp(max=points - length)
-    index = start[:, None] + torch.arange(length, device=grid.device)
-    scale = grid.gather(1, index)
-    run = max(1, _RUN[grid.device.type] // rows.a.numel())
+class _Window(NamedTuple):
+    """Where to look: the ``grid`` of t, in units of 1/``reach`` (R,), from index ``begin`` (R,)."""
+
+    grid: Tensor
+    begin: Tensor
+    reach: Tensor
+
+
+def _minima(rows: _Rows, window: _Window, length: int, table: FamilyTable) -> Tensor:
+    """Return (R, F, K) the scales of the lowest local minima of ρ in windows of that length."""
+    points = len(window.grid)
+    begin = window.begin.clamp(max=points - length)
+    index = begin[:, None] + torch.arange(length, device=begin.device)
+    scale = window.grid[index] / window.reach[:, None]
+    run = max(1, _RUN[scale.device.type] // rows.a.numel())
     parts: tuple[Tensor, ...] = torch.split(scale, run, 1)
     curves = torch.cat([_curves(rows, part, table) for part in parts], -1)
-    # A grid shorter than the longest of the batch repeats its last point.
-    curves[..., 1:].masked_fill_(scale[:, 1:] == scale[:, :-1], math.inf)
-    falls = torch.ones_like(curves, dtype=torch.bool)
-    falls[..., 1:] &= curves[..., 1:] <= curves[..., :-1]
-    falls[..., :-1] &= curves[..., :-1] <= curves[..., 1:]
-    # The curve goes on beyond a window's end, unless the grid ends there.
-    falls[..., 0] &= start == 0
-    falls[..., -1] &= start + length == points
-    depth = curves.masked_fill_(~falls, math.inf)
-    lowest, best = depth.topk(min(_KEEP, length), -1, largest=False)
+    inner, inner_scale = curves[..., 1:-1], scale[:, 1:-1]
+    falls = (inner <= curves[..., :-2]) & (inner <= curves[..., 2:])
+    depth = inner.masked_fill(~falls, math.inf)
+    lowest, best = depth.topk(_KEEP, -1, largest=False)
     # Where there are fewer minima, the lowest stands in.
     best = torch.where(lowest < math.inf, best, best[..., :1])
-    return scale.expand_as(curves).gather(-1, best).movedim(0, 1)
+    return inner_scale.expand_as(inner).gather(-1, best).movedim(0, 1)
 
 
-def _windows(problem: ScaleProblem, rows: _Rows, grid: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (R,) first index and length of the part of each row's grid where a label may be.
+def _windows(
+    problem: ScaleProblem, rows: _Rows, grid: Tensor, first: Tensor, reach: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return (R,) first and last index, exclusive, of each row's grid where a label may be.
 
     y ≥ 0 asks p_i(s) ≥ δ_i(s) of every class. With u_i > 0, and the largest logit for the sum of
     all, that is F(s) = max_i [log(σ u_i) − b_i − s a_i] + max_j [s a_j + b_j] − log s ≤ 0, and F is
     convex: the scales that it leaves are an interval, and where the points looked at are all
     outside, it lies beside the lowest. Noise hides δ, so noisy gradients keep the whole grid.
     """
-    points = grid.shape[1]
-    coarse = grid[:, ::_COARSE]
-    s = coarse.repeat_interleave(2, 0)[..., None]
-    taken = torch.log((rows.sigma[:, None] * rows.u).clamp(min=0.0)) - rows.b
-    short = torch.addcmul(taken[:, None], s, rows.a[:, None], value=-1.0).amax(-1)
-    top = torch.addcmul(rows.b[:, None], s, rows.a[:, None]).amax(-1)
-    excess = short + top - s[..., 0].log()
+    points = len(grid)
+    looks = (points - int(first.min()) - 1) // _COARSE + 2
+    index = first[:, None] + _COARSE * torch.arange(looks, device=grid.device)
+    coarse = grid[index.clamp_(max=points - 1)] / reach[:, None]
+    a, b, u = (tensor.view(len(first), 2, -1) for tensor in (rows.a, rows.b, rows.u))
+    s = coarse[:, None, :, None]
+    taken = torch.log((problem.sigma[:, None, None] * u).clamp_(min=0.0)).sub_(b)
+    excess = torch.addcmul(taken[:, :, None], s, a[:, :, None], value=-1.0).amax(-1)
+    excess += torch.addcmul(b[:, :, None], s, a[:, :, None]).amax(-1)
+    excess -= coarse.log()[:, None]
     slope, offset = problem.largest_logit
     vague = (torch.addcmul(offset, coarse, slope) > _VAGUE) | (problem.noise > 0.0)[:, None]
-    inside = (excess <= _MARGIN) | vague.repeat_interleave(2, 0)
-    inside.scatter_(1, excess.argmin(1, keepdim=True), True)
-    number = torch.arange(coarse.shape[1], device=grid.device)
-    first = torch.where(inside, number, points).amin(1) - 1
-    last = torch.where(inside, number, -1).amax(1) + 1
+    outside = (excess > _MARGIN) & ~vague[:, None]
+    outside.scatter_(-1, excess.argmin(-1, keepdim=True), False)
     # A root just inside is lowest at a point just outside, which has to have neighbours.
-    start = (first * _COARSE - 2).clamp(min=0)
-    return start, (last * _COARSE + 3).clamp(max=points) - start
+    index = index[:, None].expand_as(excess)
+    begin = index.masked_fill(outside, points).amin(-1) - (_COARSE + 2)
+    end = index.masked_fill(outside, 0).amax(-1) + (_COARSE + 3)
+    return begin.maximum(first[:, None]).flatten(), end.clamp_(max=points).flatten()

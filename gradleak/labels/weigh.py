@@ -25,7 +25,7 @@ _SIGMAS = 4.0
 # that may be this far off must be told.
 _MATERIAL, _A_LOT = 5e-3, 2e-2
 # Log odds of a label parameter being there at all: soft labels are rarer the more they need.
-_PER_PARAMETER = math.log(5.0)
+_PER_PARAMETER = math.log(3.0)
 # What the residual may exceed its expectation by, in standard deviations, before it is no fit.
 _ACCEPTABLE, _SLACK = 6.0, 10.0
 # Maxima of one family and support that are this close, in standard errors of ‖x‖, are one.
