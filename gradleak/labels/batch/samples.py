@@ -121,7 +121,7 @@ def _search(
 ) -> Roots:
     """Descend from the starts of a round, and return the samples among the ends."""
     count = (_STARTS * left.size + _MORE) * (1 + round_)
-    starts = propose(left, family.support, family.base, count)
+    starts = propose(left, family.support, family.base, count, wide=round_ > 0)
     a = starts.a
     if round_ > 0:
         wobble = torch.randn(a.shape, generator=generator, dtype=a.dtype, device=a.device)

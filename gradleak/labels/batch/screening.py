@@ -17,8 +17,10 @@ from torch import Tensor
 from gradleak.labels.batch.roots import span
 from gradleak.labels.batch.subspace import Subspace
 
-# The feature is the row's over the label's entry there.
+# The feature is the row's over y_k − p_k, which is small where the network knows the class, and
+# negative where a smoothed label is below what the network is sure of.
 _SCALES = (0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 6.0)
+_WIDE = (*_SCALES, 10.0, 17.0, 30.0, 60.0)
 # Where the loss is of unknown scale: ranges of the logits, from nearly none to saturation.
 _RANGES, _FROM, _TO = 16, 0.1, 60.0
 # Classes that propose, by the size of their part of the gradient: some, and some for each sample.
@@ -40,8 +42,11 @@ class Starts:
     misfit: Tensor
 
 
-def propose(subspace: Subspace, size: int, base: bool, count: int) -> Starts:
-    """Return the ``count`` most promising starts with supports of ``size`` 1 or 2."""
+def propose(subspace: Subspace, size: int, base: bool, count: int, *, wide: bool = False) -> Starts:
+    """Return the ``count`` most promising starts with supports of ``size`` 1 or 2.
+
+    ``wide`` looks at the samples that the network knows well, too.
+    """
     rows = subspace.left * subspace.values
     sums = rows @ subspace.right.sum(0)
     # Rows of classes outside every label are averages of the features, weighted by p.
@@ -52,10 +57,12 @@ def propose(subspace: Subspace, size: int, base: bool, count: int) -> Starts:
     direction = direction[first]
     if not subspace.mass_known:
         return _keep(subspace, _at_ranges(subspace, direction), first, size, base, count)
-    scales = torch.tensor(_SCALES, dtype=rows.dtype, device=rows.device)
+    few = (*_WIDE, *(-scale for scale in _WIDE)) if wide else _SCALES
+    scales = torch.tensor(few, dtype=rows.dtype, device=rows.device)
     if subspace.unit_row is not None:  # a bias gradient knows the scale, up to what the row blurs
         one = direction @ subspace.unit_row
-        direction = torch.where((one > 0)[:, None], direction / one[:, None].abs(), direction)
+        usable = one.abs() > 1e-9 * direction.norm(dim=1) if wide else one > 0
+        direction = torch.where(usable[:, None], direction / one[:, None], direction)
         scales = scales[:4]
     a = scales[:, None, None] * direction
     return _keep(subspace, a, first, size, base, count)
