@@ -34,9 +34,10 @@ _GRID, _TRIED, _TRIAL_STEPS = 400, 8, 25
 # Shares below zero may add up to this much more than at the best scale.
 _NEGATIVE = 0.02
 # A residual, a disagreement or a mean confidence above these leaves the counts without a basis.
-_EXPLAINED, _AGREED, _SURE = 0.25, 0.1, 0.4
-# A disagreement above this is worse than not to fit at all.
-_ADRIFT = 0.2
+_EXPLAINED, _AGREED, _SURE = 0.1, 0.1, 0.4
+# A disagreement above this is worse than not to fit at all, unless the gradient shows that the
+# network predicts some classes by more than this too often.
+_ADRIFT, _BIASED = 0.2, 0.3
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ class ClassCounts:
     ``fractions`` (C,) float64 are the shares before rounding, Σ = 1. ``residual`` is the relative
     misfit of the gradient re-simulated from the rounded counts; ``disagreement`` in [0, 1] the
     largest total variation between the shares of fits that explain the gradient about as well;
-    ``confidence`` in [0, 1] the mean probability that the network gives the fitted samples' own
-    classes. ``consistent`` says whether all three are low enough for the counts to mean something,
-    and ``reason`` says it in words.
+    ``confidence`` in [-1, 1] how much more probable the network finds the fitted samples' own
+    classes than it finds them in the whole batch, on average. ``consistent`` says whether all three
+    are low enough for the counts to mean something, and ``reason`` says it in words.
     """
 
     counts: Tensor
@@ -90,15 +91,15 @@ def count_labels(
     disagreement = max(apart, default=0.0)
     if confidence > _SURE:
         why = (
-            f"the network is sure of its samples (probability {confidence:.2g} on average), which "
-            "then leave next to no trace"
+            f"the network knows its samples (by a probability of {confidence:.2g}), which then "
+            "leave next to no trace"
         )
     elif disagreement > _AGREED:
         why = f"fits that differ in {100.0 * disagreement:.2g} % of the samples do equally well"
     else:
         why = f"re-simulated from the counts, the gradient is off by {100.0 * residual:.2g} %"
     adrift = confidence > _SURE or disagreement > _ADRIFT
-    if adrift and batch.grad_bias is not None:
+    if adrift and batch.grad_bias is not None and batch.favoured() < _BIASED:
         # No more than that a network predicts every class alike, on average.
         shares = _fill(-batch.grad_bias)
         counts = round_counts(shares, samples)
@@ -164,20 +165,27 @@ class _Batch:
         """Number of classes C."""
         return len(self.head)
 
+    def favoured(self) -> float:
+        """Return by how much of the batch classes are predicted beyond 1/C and beyond their share.
+
+        It is a lower bound, read off the bias gradient p̄ − w: 0 for a network without a favourite.
+        """
+        assert self.grad_bias is not None
+        return float((self.grad_bias - 1.0 / self.classes).clamp(min=0.0).sum())
+
     def misfit(self, share: Tensor, feature: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the relative squared misfit of virtual samples, and p of their own classes (K,).
+        """Return the relative squared misfit of virtual samples, and their p (K, C).
 
         ``share`` (K,), ``feature`` (K, r), ``which`` (K,) the class of each.
         """
         p = torch.softmax(feature @ self.head.T + self.bias, -1)
-        own = p.gather(1, which[:, None])[:, 0]
         delta = p.scatter_add(1, which[:, None], torch.full_like(p[:, :1], -1.0))
         delta = share[:, None] * delta
         misfit = (delta.T @ feature - self.gradient).square().sum() / self.gradient.square().sum()
         if self.grad_bias is not None:
             left = (delta.sum(0) - self.grad_bias).square().sum()
             misfit = 0.5 * (misfit + left / self.grad_bias.square().sum())
-        return misfit, own
+        return misfit, p
 
 
 @dataclass(frozen=True)
@@ -204,8 +212,17 @@ def _fit(batch: _Batch) -> tuple[_Virtual, list[_Virtual]]:
     mean = start.feature.mean(0)
     fit = _descend(batch, start, _steps(batch))
     others = [_descend(batch, _alike(batch, factor * mean), _steps(batch)) for factor in _RESTARTS]
-    allowed = _AS_GOOD * _residual_of_whole(batch, fit)
-    return fit, [other for other in others if _residual_of_whole(batch, other) <= allowed]
+    return fit, [other for other in others if _as_good(batch, other, fit)]
+
+
+def _as_good(batch: _Batch, other: _Virtual, fit: _Virtual) -> bool:
+    """Return whether another fit explains the gradient about as well, with whole counts.
+
+    Where the bias gradient fixes the scale, whole or not the misfit must be about as small.
+    """
+    if batch.grad_bias is not None and other.misfit > _AS_GOOD * fit.misfit:
+        return False
+    return _residual_of_whole(batch, other) <= _AS_GOOD * _residual_of_whole(batch, fit)
 
 
 def _start(batch: _Batch) -> _Virtual:
@@ -301,10 +318,11 @@ def _descend(batch: _Batch, start: _Virtual, steps: int) -> _Virtual:
 
 
 def _check(batch: _Batch, fit: _Virtual, counts: Tensor) -> tuple[float, float]:
-    """Return the residual of the gradient of the counts, and the network's mean confidence."""
+    """Return the residual of the gradient of the counts, and the network's confidence."""
     share = counts[fit.which].to(fit.feature) / batch.samples
-    misfit, own = batch.misfit(share, fit.feature, fit.which)
-    return float(misfit.sqrt()), float(share @ own)
+    misfit, p = batch.misfit(share, fit.feature, fit.which)
+    own = p.gather(1, fit.which[:, None])[:, 0]
+    return float(misfit.sqrt()), float(share @ (own - (share @ p)[fit.which]))
 
 
 def _fill(lack: Tensor) -> Tensor:
