@@ -288,11 +288,13 @@ def _descend(
         open_ended = (gain > _GAIN) & (near | (now.promise < _FALLS * now.objective))
         if not left or not bool(open_ended.any()):
             break
-        moved = (moved + now.step).clamp(-_FARTHEST, _FARTHEST)
+        # A problem that is done stays where it is, whatever others it is solved with.
+        step = now.step * open_ended.any(-1, keepdim=True)
+        moved = (moved + step).clamp(-_FARTHEST, _FARTHEST)
         scale = start * moved.exp()
     worse = (now.objective > lowest * (1.0 + _GAIN) + _GAIN) & (lowest < hopeless)
     if bool(worse.any()):
-        now = _residual(problem, best, choice, weighted=True)
+        now = _residual(problem, torch.where(worse, best, scale), choice, weighted=True)
     return _describe(problem, now, family, choice, scale_known=False), now.point
 
 
