@@ -119,9 +119,9 @@ def test_families_may_be_mixed_in_one_batch(count: int, withhold: bool) -> None:
 def test_all_samples_may_be_of_one_class() -> None:
     dice = torch.Generator().manual_seed(3)
     model = build_model("resnet18-cifar", classes=100)
-    labels = soft_label([(7, 1.0)], 100)[None].expand(4, -1)
-    captured = capture(model, crops(32, 4, dice), labels, head_only=True, device="cpu")
-    check(captured, ("hard",) * 4)
+    labels = soft_label([(7, 1.0)], 100)[None].expand(2, -1)
+    captured = capture(model, crops(32, 2, dice), labels, head_only=True, device="cpu")
+    check(captured, ("hard",) * 2)
 
 
 def test_two_samples_of_one_class_may_be_of_different_families() -> None:
@@ -371,12 +371,11 @@ def test_a_seed_gives_one_answer_and_another_seed_the_same_labels() -> None:
 # --- From the shell -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("withhold", ["", "--withhold-bias"])
-def test_a_batch_goes_through_the_pipe(withhold: str, tmp_path: Path) -> None:
+def test_a_batch_goes_through_the_pipe(tmp_path: Path) -> None:
     names = ("chelsea", "astronaut", "coffee", "rocket", "camera", "coins")
     pictures = " ".join(f"--image {photograph(name)} --label {n}" for n, name in enumerate(names))
     done = run_shell(
-        f"gradleak capture --model lenet --mixup 0.7 --smooth 0.1 {pictures} --truth t {withhold}"
+        f"gradleak capture --model lenet --mixup 0.7 --smooth 0.1 {pictures} --truth t"
         " --classes 40 -q -o - | gradleak recover-label -q -o - | gradleak recover-feature -q -o -"
         " | gradleak score --truth t --json",
         tmp_path,
