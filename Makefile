@@ -37,6 +37,7 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/matching.py
 	$(BIN)/python benchmarks/labels_single.py
 	$(BIN)/python benchmarks/label_counts.py
+	$(BIN)/python benchmarks/labels_trained.py
 
 docs: $(VENV)/ready
 	$(BIN)/python docs/generate_cli.py

@@ -19,9 +19,18 @@ RESULTS = ROOT / "docs" / "results"
 
 # The tests own the list of photographs; there shall be one.
 sys.path.insert(0, str(ROOT / "tests"))
-from photographs import centre, crops, photographs  # noqa: E402
+from photographs import centre, crops, labelled_crops, photographs  # noqa: E402
 
-__all__ = ["RESULTS", "Run", "centre", "crops", "markdown_table", "photographs", "write_result"]
+__all__ = [
+    "RESULTS",
+    "Run",
+    "centre",
+    "crops",
+    "labelled_crops",
+    "markdown_table",
+    "photographs",
+    "write_result",
+]
 
 
 @dataclass

@@ -19,21 +19,26 @@ def precision(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps) / 2.0
 
 
-def effective_precision(tensor: Tensor) -> float:
-    """Return the unit roundoff of the coarsest dtype that holds every value of ``tensor``.
+def effective_precisions(batch: Tensor) -> Tensor:
+    """Return (B,) the unit roundoff of the coarsest dtype that holds every value of each (B, …).
 
     A gradient that was float32 or bfloat16 once keeps that precision in whatever dtype it is saved.
     """
-    sample = tensor.flatten()[:_SAMPLE]
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        coarser = precision(dtype) > precision(tensor.dtype)
-        if coarser and _holds(dtype, sample) and _holds(dtype, tensor):
-            return precision(dtype)
-    return precision(tensor.dtype)
+    own = precision(batch.dtype)
+    units = torch.full((len(batch),), own, dtype=torch.float64, device=batch.device)
+    flat = batch.flatten(1)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        # Nearly every gradient fails on a sample; the few others are looked at whole.
+        if precision(dtype) > own and any(held := _holds(dtype, flat[:, :_SAMPLE]).tolist()):
+            rows = torch.tensor([b for b, may in enumerate(held) if may], device=batch.device)
+            whole = _holds(dtype, flat if all(held) else flat[rows])
+            units[rows[whole]] = precision(dtype)
+    return units
 
 
-def _holds(dtype: torch.dtype, tensor: Tensor) -> bool:
-    return bool((tensor.to(dtype).to(tensor.dtype) == tensor).all())
+def _holds(dtype: torch.dtype, flat: Tensor) -> Tensor:
+    """Return (B,) whether ``dtype`` holds every value of a row of (B, K)."""
+    return (flat.to(dtype).to(flat.dtype) == flat).all(1)
 
 
 def row_blocks(matrix: Tensor, values: int = _BLOCK) -> Iterator[slice]:
@@ -44,10 +49,28 @@ def row_blocks(matrix: Tensor, values: int = _BLOCK) -> Iterator[slice]:
         yield slice(start, min(rows, start + step))
 
 
+def wide_blocks(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield row slices of ``matrix`` (..., R, K) and those rows in float64.
+
+    All of them are in the same memory, which the next one overwrites: fresh memory for each would
+    cost more than the arithmetic.
+    """
+    room: Tensor | None = None
+    for rows in row_blocks(matrix):
+        part = matrix[..., rows, :]
+        if room is None or room.shape != part.shape:
+            room = torch.empty(part.shape, dtype=torch.float64, device=part.device)
+        yield rows, room.copy_(part)
+
+
 def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
     """Return ``matrix @ vector`` for (..., R, K) and (..., K) as float64 (..., R)."""
-    parts = [matrix[..., rows, :].double() @ vector[..., None] for rows in row_blocks(matrix)]
-    return torch.cat(parts, -2).squeeze(-1)
+    return matmul(matrix, vector[..., None]).squeeze(-1)
+
+
+def matmul(matrix: Tensor, other: Tensor) -> Tensor:
+    """Return ``matrix @ other`` for (..., R, K) and (..., K, M) as float64 (..., R, M)."""
+    return torch.cat([block @ other for _, block in wide_blocks(matrix)], -2)
 
 
 def rmatvec(matrix: Tensor, vector: Tensor) -> Tensor:

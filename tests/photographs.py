@@ -49,10 +49,17 @@ def crops(size: int, count: int, generator: torch.Generator) -> Tensor:
 
     A square has at least half the shorter side of its photograph, so it shows something.
     """
+    return labelled_crops(size, count, generator)[0]
+
+
+def labelled_crops(size: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Cut ``crops`` and say of which photograph each is: (count,) places in ``photographs()``."""
     files = photographs()
-    return torch.stack(
-        [_crop(files[_draw(len(files), generator)], size, generator) for _ in range(count)]
-    )
+    chosen, squares = [], []
+    for _ in range(count):
+        chosen.append(_draw(len(files), generator))
+        squares.append(_crop(files[chosen[-1]], size, generator))
+    return torch.stack(squares), torch.tensor(chosen)
 
 
 def centre(name: str, size: int) -> Tensor:

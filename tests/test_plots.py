@@ -31,7 +31,7 @@ def lenet_smooth(capture: Capture) -> Path:
 def curves_of(path: Path) -> tuple[Curves, LabelResult]:
     bundle = Bundle.open(path)
     outcome = recover_label(bundle, device="cpu")
-    return label_curves(bundle, outcome), outcome.result
+    return label_curves(outcome), outcome.result
 
 
 def axes_of(curves: Curves, result: LabelResult) -> list[Any]:
@@ -97,7 +97,7 @@ def test_every_alternative_is_marked_too(lenet_smooth: Path) -> None:
     bundle = Bundle.open(lenet_smooth)
     outcome = recover_label(bundle, device="cpu")
     ambiguous = replace(outcome.result, verdict="ambiguous", alternatives=(other,))
-    curves = label_curves(bundle, replace(outcome, result=ambiguous))
+    curves = label_curves(replace(outcome, result=ambiguous))
     negative, _, positive, _, label = axes_of(curves, ambiguous)
     assert [scale for scale, _ in marks(negative)] == pytest.approx([2.0 * sample.scale])
     assert [scale for scale, _ in marks(positive)] == pytest.approx([sample.scale])
@@ -213,7 +213,7 @@ from gradleak.plots import save_label_plot
 from gradleak.stages.label import label_curves
 bundle = Bundle.open({str(lenet_smooth)!r})
 outcome = recover_label(bundle, device="cpu")
-save_label_plot({str(tmp_path / "x.png")!r}, label_curves(bundle, outcome), outcome.result, "x")
+save_label_plot({str(tmp_path / "x.png")!r}, label_curves(outcome), outcome.result, "x")
 assert dict(matplotlib.rcParams) == before
 from matplotlib import pyplot
 assert pyplot.get_fignums() == []

@@ -17,7 +17,7 @@ from gradleak.cli.common import (
     keep_apart,
     number,
     printable,
-    run_stage,
+    run_stage_on_all,
 )
 from gradleak.cli.options import (
     ATTACK,
@@ -31,9 +31,11 @@ from gradleak.cli.options import (
     Seed,
     Weights,
 )
-from gradleak.errors import UsageError
+from gradleak.errors import GradleakError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from gradleak.bundle import Bundle
     from gradleak.labels.verdict import SampleLabel
     from gradleak.stages.label import LabelOutcome
@@ -48,6 +50,7 @@ _NOTHING: dict[str, object] = {
     "samples": [],
     "residual": None,
     "noise": None,
+    "loss_scale": None,
     "alternatives": [],
     "intervals": [],
     "plot": None,
@@ -86,6 +89,36 @@ def command(
             rich_help_panel=ATTACK,
         ),
     ] = None,
+    noise_std: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            metavar="STD",
+            help="Standard deviation of the noise on every entry of the gradient, in the "
+            "gradient's units, from 0; 0 is none. Default: estimated.",
+            show_default=False,
+            rich_help_panel=ATTACK,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of samples, from 1. Default: the rank of the head's gradient, or what "
+            "the bundle records if that is more.",
+            show_default=False,
+            rich_help_panel=ATTACK,
+        ),
+    ] = None,
+    loss_scale: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FACTOR",
+            help="What the loss was multiplied by, a positive number, or unknown: then it is "
+            "recovered with the label. Default: 1.",
+            show_default=False,
+            rich_help_panel=ATTACK,
+        ),
+    ] = None,
     head: HeadName = None,
     weights: Weights = None,
     output: OutputBundle = None,
@@ -106,6 +139,8 @@ def command(
 ) -> None:
     """Recover the soft label of the sample behind each gradient, with its certainty.
 
+    Several gradients are solved together, those with heads of one shape in one computation.
+
     Exit code 0 when the answer is unique, 4 when it is ambiguous, unidentifiable or failed.
     """
     sources = choose_inputs(context, inputs)
@@ -113,26 +148,36 @@ def command(
     keep_apart(output, weights)
     _check_plot(plot, output, weights, sources)
     from gradleak.labels.paper_search import PaperOptions
-    from gradleak.stages.label import recover_label
+    from gradleak.stages.label import recover_labels
 
     paper = None if paper_divisor is None else PaperOptions(divisor=paper_divisor)
 
-    def work(source: str, bundle: Bundle) -> tuple[Report, Bundle]:
-        outcome = recover_label(
-            bundle,
+    def work(
+        bundles: Iterable[Bundle | GradleakError],
+    ) -> Iterator[tuple[Report, Bundle] | GradleakError]:
+        outcomes = recover_labels(
+            bundles,
             family=family,
             method=method,
+            batch_size=batch_size,
+            noise_std=noise_std,
+            loss_scale=_factor(loss_scale),
             head=head,
             weights=weights,
             paper=paper,
             device=device,
             seed=seed,
         )
-        if plot is not None:
-            _draw(plot, source, bundle, weights, outcome)
-        return _report(source, outcome, plot), outcome.bundle
+        for source, outcome in zip(sources, outcomes, strict=True):
+            if isinstance(outcome, GradleakError):
+                yield outcome
+                continue
+            if plot is not None:
+                _draw(plot, source, weights, outcome)
+            yield _report(source, outcome, plot), outcome.bundle
 
-    run_stage(Console(json=json, quiet=quiet, outputs=outputs), NAME, sources, work, _NOTHING)
+    console = Console(json=json, quiet=quiet, outputs=outputs)
+    run_stage_on_all(console, NAME, sources, work, _NOTHING)
 
 
 def _check_plot(
@@ -155,24 +200,36 @@ def _check_plot(
     keep_apart(plot, output, weights, *sources)
 
 
-def _draw(
-    plot: str, source: str, bundle: Bundle, weights: str | None, outcome: LabelOutcome
-) -> None:
+def _draw(plot: str, source: str, weights: str | None, outcome: LabelOutcome) -> None:
     from gradleak.plots import save_label_plot
     from gradleak.stages.label import label_curves
 
-    curves = label_curves(bundle, outcome, weights=weights)
+    curves = label_curves(outcome, weights=weights)
     title = "standard input" if source == STDIO else Path(source).name
     save_label_plot(plot, curves, outcome.result, printable(title))
+
+
+def _factor(text: str | None) -> float | str | None:
+    """Return the number that ``text`` is, or the text for the stage to judge."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
 
 
 def _report(source: str, outcome: LabelOutcome, plot: str | None) -> Report:
     result = outcome.result
     rows = [("verdict", f"{result.verdict}: {result.reason}")]
-    if result.samples:
+    if len(result.samples) == 1:
         sample = result.samples[0]
         rows += [("family", sample.family), *_entries(sample)]
         rows.append(("scale", f"{sample.scale:.6g} ± {number(sample.scale_error, 2)}"))
+        if sample.loss_scale is not None:
+            found = f"{sample.loss_scale:.6g} ± {number(sample.loss_scale_error, 2)}"
+            rows.append(("loss scale", found))
+    elif result.samples:
+        rows.append(("samples", f"{len(result.samples)} of {result.batch_size}"))
+        rows += [(f"sample {n}", _line(sample)) for n, sample in enumerate(result.samples)]
     rows += [
         ("", f"or {other.family}: {_brief(other)}, scale {other.scale:.6g}")
         for other in result.alternatives
@@ -202,6 +259,7 @@ def _report(source: str, outcome: LabelOutcome, plot: str | None) -> Report:
         "samples": [_sample(sample) for sample in result.samples],
         "residual": result.residual,
         "noise": result.noise,
+        "loss_scale": _loss_scale(result.samples),
         "rank": result.rank,
         "column_sums": result.column_sums,
         "alternatives": [_sample(sample) for sample in result.alternatives],
@@ -229,9 +287,22 @@ def _entries(sample: SampleLabel) -> list[tuple[str, str]]:
     return rows
 
 
+def _line(sample: SampleLabel) -> str:
+    """Describe one sample of a batch in a line."""
+    base = f", others {sample.base:.4g}" if sample.base > 0 else ""
+    return f"{sample.family}: {_brief(sample)}{base} (± {number(sample.uncertainty(), 1)})"
+
+
 def _brief(sample: SampleLabel) -> str:
     shown = list(zip(sample.classes, sample.weights, strict=True))[:3]
     return ", ".join(f"class {index} {weight:.4f}" for index, weight in shown)
+
+
+def _loss_scale(samples: tuple[SampleLabel, ...]) -> dict[str, object] | None:
+    """Return the recovered factor of the loss, None where it was given."""
+    if not samples or samples[0].loss_scale is None:
+        return None
+    return {"value": samples[0].loss_scale, "uncertainty": samples[0].loss_scale_error}
 
 
 def _sample(sample: SampleLabel) -> dict[str, object]:

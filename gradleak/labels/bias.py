@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from gradleak.errors import InputError
@@ -11,20 +12,36 @@ from gradleak.labels.factorise import RankOne
 _FOREIGN = 256.0
 
 
-def scale_from_bias(leading: RankOne, grad_bias: Tensor, noise: float = 0.0) -> Tensor:
-    """Return (1,) the signed scale s = σ uᵀδ / ‖δ‖² of x = Gᵀδ / ‖δ‖², δ the bias gradient (C,).
+def scales_from_bias(leading: RankOne, grad_bias: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (B,) the signed scales s = σ uᵀδ / ‖δ‖² of x = Gᵀδ / ‖δ‖², and whether they hold.
 
-    ``noise`` is the standard deviation of additive noise on one entry. Raises :class:`InputError`
-    when δ is zero or no multiple of u: then the two gradients are not of the same step.
+    ``grad_bias`` (B, C) holds the δ, ``noise`` (B,) the standard deviation of additive noise on one
+    entry. A scale does not hold when δ is zero or no multiple of u: then the two gradients are not
+    of the same step.
     """
     delta = grad_bias.double()
-    square = delta.square().sum()
-    along = leading.u[0] @ delta
-    foreign = (delta - along * leading.u[0]).square().sum()
-    allowed = (_FOREIGN * leading.unit) ** 2 * float(square) + 4.0 * len(delta) * noise**2
-    if not float(square) > 0.0 or float(foreign) > allowed:
-        raise InputError(
-            "the bias gradient and the weight gradient of the head do not belong together",
-            "capture both in one step, or leave the bias gradient out",
-        )
-    return leading.sigma * along / square
+    square = torch.linalg.vecdot(delta, delta)
+    along = torch.linalg.vecdot(leading.u, delta)
+    rest = delta - along[:, None] * leading.u
+    foreign = torch.linalg.vecdot(rest, rest)
+    allowed = (_FOREIGN * leading.unit).square() * square + 4.0 * delta.shape[1] * noise.square()
+    return leading.sigma * along / square, (square > 0.0) & (foreign <= allowed)
+
+
+def scale_from_bias(leading: RankOne, grad_bias: Tensor) -> Tensor:
+    """Return (1,) the signed scale of one gradient without noise, from its bias gradient (C,).
+
+    Raises :class:`InputError` where :func:`scales_from_bias` says that it does not hold.
+    """
+    scale, holds = scales_from_bias(leading, grad_bias[None], torch.zeros_like(leading.sigma))
+    if not bool(holds):
+        raise foreign_bias()
+    return scale
+
+
+def foreign_bias() -> InputError:
+    """Return the error for a bias gradient that is not of the weight gradient's step."""
+    return InputError(
+        "the bias gradient and the weight gradient of the head do not belong together",
+        "capture both in one step, or leave the bias gradient out",
+    )

@@ -9,7 +9,7 @@ the gradient noticing, or no family applies and any point of an interval would d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +19,7 @@ from gradleak.labels.problem import FamilyTable, ScaleProblem
 from gradleak.labels.refine import Fits, log_evidence
 from gradleak.labels.search import scale_grid
 from gradleak.labels.verdict import Interval, SampleLabel, Verdict
-from gradleak.softlabels import ARBITRARY, family_name
+from gradleak.softlabels import ARBITRARY, Family, family_name
 
 # A fit may exceed the noise model by this factor (in standard deviations) before it is no fit.
 _ACCEPTABLE = 5.0
@@ -34,12 +34,11 @@ _SIGMAS = 5.0
 
 @dataclass(frozen=True)
 class Decision:
-    """The verdict on one gradient: ``answer`` and its (C,) float64 ``label``, or None."""
+    """The verdict on one gradient: the ``answer``, or None."""
 
     verdict: Verdict
     reason: str
     answer: SampleLabel | None = None
-    label: Tensor | None = None
     alternatives: tuple[SampleLabel, ...] = ()
     intervals: tuple[Interval, ...] = ()
 
@@ -55,10 +54,16 @@ def decide(
         log_evidence(problem, fits, table, inflation.clamp(max=_ACCEPTABLE**2)),
         -math.inf,
     )
-    return [
-        _decide_one(problem, _row(fits, b), table, evidence[b], float(inflation[b]), b, scale_known)
-        for b in range(len(evidence))
-    ]
+    names = _candidate_families(table, fits)
+    decisions = []
+    for b, row in enumerate(_rows(problem, fits, evidence, inflation.sqrt())):
+        decision = _choose(row, names, problem.classes, scale_known=scale_known)
+        if decision is None:
+            decision = without_family(problem, b, table, row.scale[0] if scale_known else None)
+        elif decision.verdict == "unidentifiable":
+            decision = replace(decision, intervals=simplex_intervals(problem, b))
+        decisions.append(decision)
+    return decisions
 
 
 def simplex_intervals(problem: ScaleProblem, index: int) -> tuple[Interval, ...]:
@@ -115,75 +120,54 @@ def _bisect(room: Callable[[Tensor], Tensor], outside: Tensor, inside: Tensor) -
     return inside
 
 
-def _decide_one(
-    problem: ScaleProblem,
-    fits: Fits,
-    table: FamilyTable,
-    evidence: Tensor,
-    inflation: float,
-    index: int,
-    scale_known: bool,
-) -> Decision:
-    classes = problem.classes
-    weight = evidence.tolist()
+def _choose(
+    row: _Row, families: Sequence[Family], classes: int, *, scale_known: bool
+) -> Decision | None:
+    """Decide between the candidates of one problem; None where no family fits."""
+    weight = row.evidence
     order = sorted((m for m, w in enumerate(weight) if w > -math.inf), key=lambda m: -weight[m])
     if not order:
-        return _without_family(problem, fits, table, index, scale_known)
-    spread = math.sqrt(inflation)
+        return None
     best = order[0]
-    answer = _sample(fits, best, table, spread, classes)
-    label = dense_label(answer, classes)
+    answer = _sample(row, best, families, classes)
     rivals = []
     for other in order[1:]:
         if weight[best] - weight[other] >= _DECISIVE:
             break
-        rival = _sample(fits, other, table, spread, classes)
-        apart = float((dense_label(rival, classes) - label).abs().max())
+        rival = _sample(row, other, families, classes)
         same = _SAME_LABEL + _SIGMAS * math.hypot(answer.uncertainty(), rival.uncertainty())
-        if apart > same or rival.uncertainty() * _SIGMAS > _DETERMINED:
+        open_ended = rival.uncertainty() * _SIGMAS > _DETERMINED
+        if open_ended or answer.distance(rival, classes) > same:
             rivals.append(rival)
-    loose = [s for s in (answer, *rivals) if s.uncertainty() * _SIGMAS > _DETERMINED]
-    noisy = float(problem.noise[index]) > 0.0
-    if loose and noisy:
-        return Decision(
-            "ambiguous",
-            f"the noise leaves the label open by ± {answer.uncertainty():.2g} (one standard error)",
-            answer,
-            label,
-            tuple(rivals),
-        )
-    if loose:
+    if any(s.uncertainty() * _SIGMAS > _DETERMINED for s in (answer, *rivals)):
         return Decision(
             "unidentifiable",
             "the softmax is saturated: at this precision the gradient fits a whole interval of "
             "labels, of which one is shown",
             answer,
-            label,
             tuple(rivals),
-            simplex_intervals(problem, index),
         )
     if rivals:
         return Decision(
             "ambiguous",
             f"{len(rivals) + 1} labels explain the gradient about equally well",
             answer,
-            label,
             tuple(rivals),
         )
     if scale_known:
         reason = "the bias gradient gives the label in closed form"
     else:
         reason = f"one root of the {answer.family} family fits the gradient to its precision"
-    return Decision("unique", reason, answer, label)
+    return Decision("unique", reason, answer)
 
 
-def _without_family(
-    problem: ScaleProblem, fits: Fits, table: FamilyTable, index: int, scale_known: bool
+def without_family(
+    problem: ScaleProblem, index: int, table: FamilyTable, scale: float | None
 ) -> Decision:
-    """No family explains the gradient: say what is still known."""
+    """No family explains the gradient: say what is still known; ``scale`` is its, if given."""
     one = _single(problem, index)
-    if scale_known:
-        return _closed_form(one, fits)
+    if scale is not None:
+        return _closed_form(one, scale)
     intervals = simplex_intervals(problem, index)
     if not intervals:
         return Decision(
@@ -208,14 +192,13 @@ def _without_family(
         "unidentifiable",
         f"{why}; without a bias gradient every scale in the interval gives a valid label",
         _arbitrary(label, width, middle, 0.5 * abs(widest.high - widest.low)),
-        label,
         intervals=intervals,
     )
 
 
-def _closed_form(one: ScaleProblem, fits: Fits) -> Decision:
+def _closed_form(one: ScaleProblem, scale: float) -> Decision:
     """The scale is known and the label is its own family: any point of the simplex."""
-    point = one.at(fits.scale[None, :1])
+    point = one.at(torch.full_like(one.sigma, scale)[:, None])
     label, error = point.y[0, 0], one.variance(point)[0, 0].sqrt()
     if bool((label < -20.0 * error - 1e-6).any()):
         return Decision(
@@ -229,34 +212,25 @@ def _closed_form(one: ScaleProblem, fits: Fits) -> Decision:
         "unique",
         "the bias gradient gives the label in closed form; it belongs to no family, and is right "
         "only if the loss was not scaled",
-        _arbitrary(label, error, float(fits.scale[0]), 0.0),
-        label,
+        _arbitrary(label, error, scale, 0.0),
     )
 
 
-def dense_label(sample: SampleLabel, classes: int) -> Tensor:
-    """Return the (C,) float64 label that ``sample`` describes."""
-    label = torch.full((classes,), sample.base, dtype=torch.float64)
-    label[list(sample.classes)] = torch.tensor(sample.weights, dtype=torch.float64)
-    return label
-
-
-def _sample(fits: Fits, m: int, table: FamilyTable, spread: float, classes: int) -> SampleLabel:
+def _sample(row: _Row, m: int, families: Sequence[Family], classes: int) -> SampleLabel:
     """Describe candidate ``m`` of one problem, its label made to sum to one exactly."""
-    support = int(table.support[fits.family[m]])
-    free = bool(table.base[fits.family[m]])
-    weights = fits.weights[m, :support].tolist()
-    base = float(fits.base[m])
+    family = families[m]
+    support, spread = family.support, row.spread
+    weights, base = row.weights[m][:support], row.base[m]
     excess = (sum(weights) + (classes - support) * base - 1.0) / support
     return SampleLabel(
-        family=family_name(support, free),
-        classes=tuple(fits.top[m, :support].tolist()),
-        weights=tuple(weight - excess for weight in weights),
+        family=family.name,
+        classes=tuple(row.top[m][:support]),
+        weights=tuple([weight - excess for weight in weights]),
         base=base,
-        scale=float(fits.scale[m]),
-        weight_errors=tuple(_finite(e * spread) for e in fits.weight_error[m, :support].tolist()),
-        base_error=_finite(float(fits.base_error[m]) * spread),
-        scale_error=_finite(float(fits.scale_error[m] * fits.scale[m].abs()) * spread),
+        scale=row.scale[m],
+        weight_errors=tuple([_finite(e * spread) for e in row.weight_error[m][:support]]),
+        base_error=_finite(row.base_error[m] * spread),
+        scale_error=_finite(row.scale_error[m] * abs(row.scale[m]) * spread),
     )
 
 
@@ -279,20 +253,48 @@ def _finite(value: float) -> float:
     return value if value < 1e30 else math.inf
 
 
-def _row(fits: Fits, index: int) -> Fits:
-    """Return the fits of one problem: every (B, M, …) field at ``index``."""
-    fields = {name: value[index] for name, value in vars(fits).items() if name != "family"}
-    return replace(fits, **fields)
+@dataclass(frozen=True)
+class _Row:
+    """One problem and its M candidates in numbers: fields of :class:`Fits`, and the evidence.
+
+    ``spread`` is the factor by which the standard errors grow where no fit is within the noise.
+    """
+
+    evidence: list[float]
+    scale: list[float]
+    top: list[list[int]]
+    weights: list[list[float]]
+    base: list[float]
+    weight_error: list[list[float]]
+    base_error: list[float]
+    scale_error: list[float]
+    spread: float
+
+
+def _rows(problem: ScaleProblem, fits: Fits, evidence: Tensor, spread: Tensor) -> list[_Row]:
+    """Turn tensors into numbers, once for all problems: one by one is the slowest part of all."""
+    columns = (
+        evidence,
+        fits.scale,
+        fits.top,
+        fits.weights,
+        fits.base,
+        fits.weight_error,
+        fits.base_error,
+        fits.scale_error,
+        spread,
+    )
+    return [_Row(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+
+def _candidate_families(table: FamilyTable, fits: Fits) -> list[Family]:
+    """Return the family of each of the M candidates."""
+    known = [
+        Family(family_name(support, base), support, base)
+        for support, base in zip(table.support.tolist(), table.base.tolist(), strict=True)
+    ]
+    return [known[index] for index in fits.family.tolist()]
 
 
 def _single(problem: ScaleProblem, index: int) -> ScaleProblem:
-    part = slice(index, index + 1)
-    return ScaleProblem(
-        a=problem.a[part],
-        b=problem.b[part],
-        u=problem.u[part],
-        sigma=problem.sigma[part],
-        noise=problem.noise[part],
-        unit=problem.unit,
-        weight_norms=problem.weight_norms[part],
-    )
+    return problem.part(torch.tensor([index], device=problem.a.device))

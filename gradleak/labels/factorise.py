@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gradleak.linalg import effective_precision, precision, row_blocks
+from gradleak.labels.sketch import leading_values, worthwhile
+from gradleak.linalg import effective_precisions, precision, wide_blocks
 
 # A rank-one residual up to this many roundings is rounding, not noise and not a second sample.
 _ROUNDINGS = 16.0
+_BEYOND_ROUNDING = 4.0 * _ROUNDINGS
+# More samples than this are rarely seen in one gradient.
+_USUAL_BATCH = 64
 _FLOAT32 = precision(torch.float32)
 _SWEEPS = 3
 
@@ -21,15 +25,23 @@ class RankOne:
     """The leading singular triple of B gradients (C, D): G ≈ σ u vᵀ, ‖u‖ = ‖v‖ = 1, in float64.
 
     ``u`` (B, C), ``sigma`` (B,), ``v`` (B, D) with a non-negative sum, so that non-negative
-    features have positive scales; ``residual`` (B,) is ‖G − σ u vᵀ‖ / ‖G‖, ``unit`` the roundoff
-    of the gradients' effective precision.
+    features have positive scales; ``residual`` (B,) is ‖G − σ u vᵀ‖ / ‖G‖, ``unit`` (B,) the
+    roundoff of each gradient's effective precision.
     """
 
     u: Tensor
     sigma: Tensor
     v: Tensor
     residual: Tensor
-    unit: float
+    unit: Tensor
+
+    def at(self, index: Tensor) -> RankOne:
+        """Return the triples of the gradients in ``index`` (K,)."""
+        return RankOne(**{name: value[index] for name, value in vars(self).items()})
+
+    def finite(self) -> Tensor:
+        """Return (B,) whether the gradient was free of NaN and infinity."""
+        return torch.isfinite(self.sigma) & torch.isfinite(self.residual)
 
 
 @dataclass(frozen=True)
@@ -55,30 +67,34 @@ def leading_triple(gradient: Tensor) -> RankOne:
     largest = gradient.abs().amax(2).argmax(1)  # not by a norm, whose squares could underflow
     v = gradient[torch.arange(len(gradient), device=gradient.device), largest].double()
     v = _sweep(gradient, v / _nonzero(torch.linalg.vector_norm(v, dim=1, keepdim=True)))
-    unit = effective_precision(gradient)
+    unit = effective_precisions(gradient)
     found = _project(gradient, v, unit)
-    if bool((found.residual > _ROUNDINGS * unit).any()):
-        for _ in range(_SWEEPS):
-            v = _sweep(gradient, v)
-        found = _project(gradient, v, unit)
-    if unit < _FLOAT32 and bool((found.residual > _ROUNDINGS * unit).any()):
-        # float64 on the outside, float32 in the making: its rounding is no second sample.
-        coarse = bool((found.residual <= _ROUNDINGS * _FLOAT32).all())
-        found = replace(found, unit=_FLOAT32) if coarse else found
+    (left,) = torch.where(found.residual > _ROUNDINGS * unit)
+    if not len(left):
+        return found
+    rest, v = (gradient, v) if len(left) == len(gradient) else (gradient[left], v[left])
+    for _ in range(_SWEEPS):
+        v = _sweep(rest, v)
+    swept = _project(rest, v, unit[left])
+    # float64 on the outside, float32 in the making: its rounding is no second sample.
+    coarse = (swept.unit < _FLOAT32) & (swept.residual > _ROUNDINGS * swept.unit)
+    coarse &= swept.residual <= _ROUNDINGS * _FLOAT32
+    swept.unit[coarse] = _FLOAT32
+    for name, value in vars(found).items():
+        value[left] = getattr(swept, name)
     return found
 
 
-def _project(gradient: Tensor, v: Tensor, unit: float) -> RankOne:
+def _project(gradient: Tensor, v: Tensor, unit: Tensor) -> RankOne:
     """Return u and σ of G v = σ u, and what σ u vᵀ leaves of G, in one pass over it."""
     v = torch.where(v.sum(1, keepdim=True) < 0, -v, v)
     parts = []
     left = torch.zeros_like(v[:, 0])
-    for rows in row_blocks(gradient):
-        block = gradient[:, rows].double()
+    for _, block in wide_blocks(gradient):
         along = block @ v[:, :, None]
         parts.append(along)
-        rest = torch.baddbmm(block, along, v[:, None, :], alpha=-1.0).flatten(1)
-        left = left + torch.linalg.vecdot(rest, rest)
+        rest = block.addcmul_(along, v[:, None, :], value=-1.0).flatten(1)
+        left = left + (rest[:, None] @ rest[..., None]).flatten()
     u = torch.cat(parts, 1).squeeze(-1)
     sigma = torch.linalg.vector_norm(u, dim=1)
     return RankOne(
@@ -90,24 +106,65 @@ def _project(gradient: Tensor, v: Tensor, unit: float) -> RankOne:
     )
 
 
-def rank_of(gradient: Tensor, leading: RankOne, index: int = 0) -> Rank:
-    """Count the samples in gradient ``index`` of ``(B, C, D)`` and estimate its noise (§1).
+def ranks_of(gradient: Tensor, leading: RankOne, *, noise_std: float | None = None) -> list[Rank]:
+    """Count the samples in each gradient of ``(B, C, D)`` and estimate its noise (§1).
 
     The leading triple settles the common case (one sample, no noise); otherwise the singular
     values are counted above rounding or, under noise, above the edge τ(√C + √D), with τ from the
-    trailing ones.
+    trailing ones. A gradient that is not finite has rank 0. ``noise_std`` is the noise where it is
+    known, 0 for none.
     """
-    classes, width = gradient.shape[1:]
-    scale = math.sqrt(classes * width)
+    scale = math.sqrt(gradient.shape[1] * gradient.shape[2])
+    ranks = []
+    numbers = (leading.sigma.tolist(), leading.residual.tolist(), leading.unit.tolist())
+    for index, (norm, residual, unit) in enumerate(zip(*numbers, strict=True)):
+        # A declared noise beyond rounding counts, even where none is to be seen.
+        declared = (noise_std or 0.0) * scale > _ROUNDINGS * unit * norm
+        if 0.0 < norm < math.inf and (residual > _ROUNDINGS * unit or declared):
+            ranks.append(_rank_of_one(gradient[index], unit, noise_std))
+        else:
+            ranks.append(Rank(rank=int(norm > 0), noise=residual * norm / scale, noisy=False))
+    return ranks
+
+
+def as_one_sample(rank: Rank, leading: RankOne, index: int) -> Rank:
+    """Return the rank of a gradient known to be of one sample: what is beyond it is noise."""
+    if rank.rank <= 1:
+        return rank
+    size = math.sqrt(leading.u.shape[1] * leading.v.shape[1])
     norm = float(leading.sigma[index])
-    unit = leading.unit
-    residual = float(leading.residual[index])
-    if residual <= _ROUNDINGS * unit:
-        return Rank(rank=int(norm > 0), noise=residual * norm / scale, noisy=False)
-    values = _singular_values(gradient[index])
+    return Rank(rank=1, noise=float(leading.residual[index]) * norm / size, noisy=True)
+
+
+def rank_of(gradient: Tensor, leading: RankOne) -> Rank:
+    """Count the samples in the only gradient of ``(1, C, D)``; see :func:`ranks_of`."""
+    return ranks_of(gradient, leading)[0]
+
+
+def _rank_of_one(gradient: Tensor, unit: float, noise_std: float | None) -> Rank:
+    """Count the samples in one gradient ``(C, D)`` of ``unit`` roundoff."""
+    classes, width = gradient.shape
+    wide = gradient.double()
+    scale = math.sqrt(classes * width)
+    norm = float(torch.linalg.vector_norm(wide))
+    if noise_std and noise_std * scale > _ROUNDINGS * unit * norm:
+        above = int((_singular_values(wide) > _edge(noise_std, classes, width)).sum())
+        return Rank(rank=above, noise=noise_std, noisy=True)
+    # Batches are mostly far smaller than the head, and then few of its singular values suffice.
+    if worthwhile(wide, _USUAL_BATCH):
+        values, beyond = leading_values(wide, _USUAL_BATCH)
+        edge = _BEYOND_ROUNDING * unit * float(values[0])
+        above = int((values > edge).sum())
+        if above < len(values):
+            beyond = math.hypot(beyond, float(torch.linalg.vector_norm(values[above:])))
+            if beyond < edge * math.sqrt(min(classes, width)) or noise_std is not None:
+                return Rank(rank=above, noise=beyond / scale, noisy=False)
+    values = _singular_values(wide)
     possible = min(classes - 1, width)
-    above = int((values > 4.0 * _ROUNDINGS * unit * values[0]).sum())
-    if above < possible:
+    above = int((values > _BEYOND_ROUNDING * unit * values[0]).sum())
+    # Without noise every column sums to zero, so that the last of C singular values is zero.
+    full = above == possible and len(values) > possible
+    if above < possible or full or noise_std is not None:
         tail = float(values[above:].square().sum()) ** 0.5
         return Rank(rank=above, noise=tail / scale, noisy=False)
     return _rank_under_noise(values, classes, width)
@@ -119,11 +176,15 @@ def _rank_under_noise(values: Tensor, classes: int, width: int) -> Rank:
     while True:
         free = max(1, (classes - rank) * (width - rank))
         noise = float(values[rank:].square().sum() / free) ** 0.5
-        edge = 1.05 * noise * (math.sqrt(classes) + math.sqrt(width))
-        above = int((values > edge).sum())
+        above = int((values > _edge(noise, classes, width)).sum())
         if above <= rank or above >= len(values):
             return Rank(rank=max(rank, above), noise=noise, noisy=True)
         rank = above
+
+
+def _edge(noise: float, classes: int, width: int) -> float:
+    """Return what the largest singular value of noise alone stays below."""
+    return 1.05 * noise * (math.sqrt(classes) + math.sqrt(width))
 
 
 def _singular_values(matrix: Tensor) -> Tensor:
@@ -132,7 +193,7 @@ def _singular_values(matrix: Tensor) -> Tensor:
     ``eigvalsh`` of the smaller Gram matrix would square the rounding, so this is a plain SVD of
     the triangular factor.
     """
-    tall = matrix.double() if matrix.shape[0] >= matrix.shape[1] else matrix.double().T
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     values: Tensor = torch.linalg.svdvals(torch.linalg.qr(tall, mode="r").R)
     return values
 
@@ -140,11 +201,10 @@ def _singular_values(matrix: Tensor) -> Tensor:
 def _sweep(gradient: Tensor, v: Tensor) -> Tensor:
     """Return the normalised Gᵀ G v of gradients ``(B, C, D)`` in one pass over them."""
     out = torch.zeros_like(v)
-    for rows in row_blocks(gradient):
-        block = gradient[:, rows].double()
+    for _, block in wide_blocks(gradient):
         out = out + ((block @ v[:, :, None]).mT @ block).squeeze(1)
     return out / _nonzero(torch.linalg.vector_norm(out, dim=1, keepdim=True))
 
 
 def _nonzero(norm: Tensor) -> Tensor:
-    return torch.where(norm > 0, norm, torch.ones_like(norm))
+    return norm + (norm == 0)

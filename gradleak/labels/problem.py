@@ -30,7 +30,7 @@ class ScaleProblem:
 
     ``a``, ``b``, ``u`` are (B, C) float64 (logit direction, head bias, left singular vector),
     ``sigma`` (B,), ``noise`` (B,) the standard deviation of additive noise on one gradient entry
-    (0 for a noiseless gradient), ``unit`` the roundoff of the gradient's dtype, ``weight_norms``
+    (0 for a noiseless gradient), ``unit`` (B,) the roundoff of its precision, ``weight_norms``
     (B, C) the norms of the head's rows from their mean, which matter under noise alone.
     """
 
@@ -39,8 +39,13 @@ class ScaleProblem:
     u: Tensor
     sigma: Tensor
     noise: Tensor
-    unit: float
+    unit: Tensor
     weight_norms: Tensor
+
+    def part(self, index: Tensor) -> ScaleProblem:
+        """Return the problems in ``index`` (K,)."""
+        names = ("a", "b", "u", "sigma", "noise", "unit", "weight_norms")
+        return ScaleProblem(**{name: getattr(self, name)[index] for name in names})
 
     @property
     def classes(self) -> int:
@@ -66,8 +71,9 @@ class ScaleProblem:
     @cached_property
     def largest_logit(self) -> tuple[Tensor, Tensor]:
         """Return the slope in |s| and the offset, (B, 1), of the rounding of a probability."""
-        slope = self.unit * self.a.abs().amax(1, keepdim=True)
-        offset = self.unit * (_SOFTMAX_ROUNDINGS + self.b.abs().amax(1, keepdim=True))
+        unit = self.unit[:, None]
+        slope = unit * self.a.abs().amax(1, keepdim=True)
+        offset = unit * (_SOFTMAX_ROUNDINGS + self.b.abs().amax(1, keepdim=True))
         return slope, offset
 
     def smallest_scale(self) -> Tensor:
@@ -77,19 +83,33 @@ class ScaleProblem:
     def at(self, scale: Tensor) -> Point:
         """Evaluate the label and its slope at scales ``(B, M)``."""
         s = scale[..., None]
-        logits = torch.addcmul(self.b[:, None], s, self.a[:, None])
-        p = torch.softmax(logits, -1)
+        p = torch.softmax(torch.addcmul(self.b[:, None], s, self.a[:, None]), -1)
         mean = p @ self.a[..., None]
-        if self.excess is not None:
-            p = p * (1.0 + self.excess / scale)[..., None]
+        p = self._with_excess(p, scale)
         delta = (self.sigma[:, None] / scale)[..., None] * self.u[:, None]
         slope = torch.addcmul(delta, s * p, self.a[:, None] - mean)
         return Point(scale, p, delta, p - delta, slope)
 
+    def probabilities(self, scale: Tensor) -> Tensor:
+        """Return (B, M, C) the probabilities p(s) at scales ``(B, M)``, as low precision sums them.
+
+        The same as ``at(scale).p``.
+        """
+        logits = torch.addcmul(self.b[:, None], scale[..., None], self.a[:, None])
+        return self._with_excess(torch.softmax(logits, -1), scale)
+
+    def _with_excess(self, p: Tensor, scale: Tensor) -> Tensor:
+        if self.excess is None:
+            return p
+        return p.mul_((1.0 + self.excess / scale)[..., None])
+
     def variance(self, point: Point) -> Tensor:
         """Return (B, M, C) the variance of y(s): rounding of p, δ and y, and the additive noise."""
-        relative = self.rounding(point)[..., None]
-        rounding = (relative * (point.p + point.delta.abs() + _UNDERFLOW)).square()
+        own = (_SOFTMAX_ROUNDINGS * self.unit)[:, None]
+        # Errors of the logits pass through the softmax: a probability near one hardly feels them.
+        felt = torch.addcmul(own[..., None], (self.rounding(point) - own)[..., None], 1.0 - point.p)
+        size = point.delta.abs().add_(_UNDERFLOW).mul_(own[..., None])
+        rounding = torch.addcmul(size, felt, point.p).square_()
         if not self.noisy:
             return rounding
         # Noise reaches y through u, alike for every class, and through v, which turns the logits.
@@ -130,6 +150,11 @@ class FamilyTable:
     support: Tensor
     base: Tensor
 
+    @cached_property
+    def largest(self) -> int:
+        """The largest support."""
+        return int(self.support.max())
+
     @classmethod
     def of(cls, families: Sequence[Family], device: torch.device) -> FamilyTable:
         """Build the table of ``families`` on ``device``."""
@@ -142,8 +167,3 @@ class FamilyTable:
 def largest_first(y: Tensor, count: int) -> Tensor:
     """Return (..., min(count, C − 1)) the classes of the largest entries of ``y``, descending."""
     return y.topk(min(count, y.shape[-1] - 1), -1).indices
-
-
-def rest_mask(y: Tensor, top: Tensor, outside: Tensor) -> Tensor:
-    """Return (..., C): ``outside`` (..., K) at the classes of ``top`` (..., K), 1 elsewhere."""
-    return torch.ones_like(y).scatter(-1, top, outside.expand(top.shape))

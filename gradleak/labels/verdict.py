@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -25,7 +26,8 @@ class SampleLabel:
 
     ``classes`` is the support by descending weight, ``weights`` the label's values there, ``base``
     its value everywhere else, ``scale`` the signed norm of the head's input along the gradient's
-    right singular vector. The ``*_error`` fields are one standard error each.
+    right singular vector. ``loss_scale`` is the recovered factor of the loss, None where it was
+    given. The ``*_error`` fields are one standard error each.
     """
 
     family: str
@@ -36,10 +38,35 @@ class SampleLabel:
     weight_errors: tuple[float, ...]
     base_error: float
     scale_error: float
+    loss_scale: float | None = None
+    loss_scale_error: float | None = None
 
     def uncertainty(self) -> float:
         """Return the largest standard error of any entry of the label."""
         return max((*self.weight_errors, self.base_error))
+
+    def distance(self, other: SampleLabel, classes: int) -> float:
+        """Return the largest difference of an entry between two labels of C ``classes``."""
+        one = dict(zip(self.classes, self.weights, strict=True))
+        two = dict(zip(other.classes, other.weights, strict=True))
+        named = one.keys() | two.keys()
+        apart = [abs(one.get(c, self.base) - two.get(c, other.base)) for c in named]
+        if len(named) < classes:
+            apart.append(abs(self.base - other.base))
+        return max(apart)
+
+
+def dense_labels(samples: Sequence[SampleLabel | None], classes: int) -> Tensor:
+    """Return the (B, C) float64 labels that ``samples`` describe, zeros where there is none."""
+    import torch
+
+    named = [(b, sample) for b, sample in enumerate(samples) if sample is not None]
+    bases = [0.0 if sample is None else sample.base for sample in samples]
+    labels = torch.tensor(bases, dtype=torch.float64)[:, None].repeat(1, classes)
+    places = [b * classes + c for b, sample in named for c in sample.classes]
+    weights = [weight for _, sample in named for weight in sample.weights]
+    labels.view(-1)[places] = torch.tensor(weights, dtype=torch.float64)
+    return labels
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Classifier heads of trained, pretrained, untrained and random networks, and gradients of them."""
