@@ -36,8 +36,8 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/command_line.py
 	$(BIN)/python benchmarks/matching.py
 	$(BIN)/python benchmarks/labels_single.py
-	$(BIN)/python benchmarks/label_counts.py
 	$(BIN)/python benchmarks/labels_trained.py
+	$(BIN)/python benchmarks/label_counts.py
 
 docs: $(VENV)/ready
 	$(BIN)/python docs/generate_cli.py
