@@ -19,6 +19,9 @@ from torch.linalg import vecdot
 from gradleak.labels.problem import FamilyTable, Point, ScaleProblem, largest_first, rest_mask
 
 _UNIFORM_STEPS, _WEIGHTED_STEPS = 2, 3
+# Where nothing feasible fits to so many roundings, squared, or so many worse than what is not
+# feasible, every family starts again at the best few scales of all families.
+_STUCK, _SHARED, _ROUNDS = 25.0, 4, 2
 # Candidates of a family that survive the first descent.
 _SURVIVORS = 2
 _LARGEST_STEP = 0.3
@@ -109,7 +112,39 @@ def refine(problem: ScaleProblem, candidates: Tensor, table: FamilyTable) -> Fit
     scale, family = _flatten(scale.gather(-1, best))
     scale, _ = _descend(problem, scale, table, family, weighted=True, steps=_WEIGHTED_STEPS)
     fits = describe(problem, scale, family, table, scale_known=False)
-    quality = torch.where(fits.feasible, fits.chi2 / fits.freedom.clamp(min=1), math.inf)
+    for _ in range(_ROUNDS):
+        (index,) = torch.where(_stuck(problem, fits))
+        if not len(index):
+            break
+        part, misfit = problem.part(index), fits.chi2[index] / fits.freedom[index].clamp(min=1)
+        lowest = misfit.topk(min(_SHARED, misfit.shape[1]), -1, largest=False).indices
+        shared = fits.scale[index].gather(-1, lowest)
+        more, family = _flatten(shared[:, None].expand(-1, len(table.support), -1))
+        more, _ = _descend(part, more, table, family, weighted=True, steps=_WEIGHTED_STEPS)
+        fits = _joined(fits, describe(part, more, family, table, scale_known=False), index)
+    return _with_neighbours(problem, fits, table)
+
+
+def _stuck(problem: ScaleProblem, fits: Fits) -> Tensor:
+    """Return (B,) whether what fits best is not feasible, or nothing fits at all.
+
+    Where two classes change places in the support, a family has a false minimum beside its root;
+    a larger family, which holds both classes, has not, and its weights tell that it is too large.
+    """
+    feasible = torch.where(fits.feasible, fits.chi2, math.inf).amin(-1)
+    missing = (_quality(fits).amin(-1) > _STUCK) | (feasible > fits.chi2.amin(-1) + _STUCK)
+    return (problem.noise == 0) & missing
+
+
+def _quality(fits: Fits) -> Tensor:
+    """Return (B, M) the misfit by degree of freedom, inf where the label is not feasible."""
+    return torch.where(fits.feasible, fits.chi2 / fits.freedom.clamp(min=1), math.inf)
+
+
+def _with_neighbours(problem: ScaleProblem, fits: Fits, table: FamilyTable) -> Fits:
+    """Add to the fits of a saturated softmax every family just beside the best of them."""
+    scale = fits.scale
+    quality = _quality(fits)
     evidence = log_evidence(problem, fits, table, torch.ones_like(problem.sigma))
     likeliest = evidence.masked_fill(~fits.feasible, -math.inf)
     chosen = torch.stack([quality.argmin(-1), likeliest.argmax(-1)], -1)
@@ -142,10 +177,7 @@ def _joined(fits: Fits, more: Fits, index: Tensor) -> Fits:
 
 
 def _saturated(problem: ScaleProblem, scales: Tensor) -> Tensor:
-    """Return (B,) whether beyond the few largest classes next to no probability is left.
-
-    At any of the ``scales`` (B, M).
-    """
+    """Return (B,) whether at any of ``scales`` (B, M) a few classes have all the probability."""
     p = problem.at(scales).p
     beyond = p.sum(-1) - p.topk(min(3, p.shape[-1]), -1).values.sum(-1)
     return (beyond < _SATURATED).any(-1)
