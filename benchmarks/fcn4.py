@@ -44,7 +44,7 @@ def main() -> None:
         image = gradleak.reconstruct(featured.bundle)
         score = image_score(image.images, captured.truth.images)
         true = captured.truth.features["fc4"].double()
-        feature = float(relative_error(featured.layers[0].feature[None], true))
+        feature = float(relative_error(featured.layers[0].features, true))
         product, solve, certificate = timings(labelled.bundle)
         ratios.append(solve / product)
         certified.append((solve + certificate) / product)

@@ -228,10 +228,10 @@ def _score(network: Network, family: str, bias: str, seed: int, captured: Captur
 
 def _feature_error(bundle: Bundle, truth: Tensor) -> float:
     try:
-        found = recover_feature(bundle, device="cpu").layers[0].feature
+        found = recover_feature(bundle, device="cpu").layers[0].features
     except GradleakError:
         return math.nan
-    return float(relative_error(found[None].cpu(), truth)[0])
+    return float(relative_error(found.cpu(), truth)[0])
 
 
 COLUMNS = (

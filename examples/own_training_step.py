@@ -73,7 +73,7 @@ def attack(bundle: gradleak.Bundle) -> Tensor:
     featured = gradleak.recover_feature(labelled.bundle)
     print(f"features  {featured.verdict}: {featured.reason}")
     for layer in featured.layers:
-        print(f"          {len(layer.feature)} values enter {layer.name}")
+        print(f"          {layer.features.shape[1]} values enter {layer.name}")
 
     outcome = gradleak.reconstruct(featured.bundle)
     print(f"picture   {outcome.verdict}: {outcome.reason}")

@@ -8,8 +8,8 @@ what it found (``outcome.bundle``)::
     features = gradleak.recover_feature(labelled.bundle)
     pictures = gradleak.reconstruct(features.bundle)
 
-``bundle_of_step`` makes a bundle of a training step's own gradients. Names are imported when first
-used: importing gradleak does not import torch.
+``bundle_of_step`` makes a bundle of a training step's own gradients, ``recover_labels`` takes many
+bundles at once. Names are imported when first used: importing gradleak does not import torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gradleak.models.spec import ModelSpec
     from gradleak.stages.capture import bundle_of_step, capture
     from gradleak.stages.feature import recover_feature
-    from gradleak.stages.label import recover_label
+    from gradleak.stages.label import recover_label, recover_labels
     from gradleak.stages.reconstruct import reconstruct
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "reconstruct",
     "recover_feature",
     "recover_label",
+    "recover_labels",
 ]
 
 _HOMES = {
@@ -54,6 +55,7 @@ _HOMES = {
     "ModelSpec": "gradleak.models.spec",
     "recover_feature": "gradleak.stages.feature",
     "recover_label": "gradleak.stages.label",
+    "recover_labels": "gradleak.stages.label",
     "reconstruct": "gradleak.stages.reconstruct",
 }
 

@@ -37,13 +37,14 @@ class LayerReader(Protocol):
 
 @dataclass(frozen=True)
 class PeeledLayer:
-    """The input ``feature`` (in,) float64 of one Linear layer.
+    """The inputs ``features`` (N, in) float64 of one Linear layer, one of each sample.
 
-    ``residual`` is ‖G − δ xᵀ‖ / ‖G‖ of that layer's own gradient, which needs nobody's answer.
+    ``residual`` is ‖G − (1/N) Σ δ xᵀ‖ / ‖G‖ of that layer's own gradient, which needs nobody's
+    answer.
     """
 
     name: str
-    feature: Tensor
+    features: Tensor
     residual: float
 
 
@@ -72,7 +73,8 @@ def peel_linear_layers(
     gradient = read.gradient(layers[-1].name)
     if gradient is None:
         raise IncompleteError("the head's gradient is missing", "capture it")
-    peeled = [PeeledLayer(layers[-1].name, feature, outer_residual(gradient, delta, feature))]
+    residual = outer_residual(gradient, delta, feature)
+    peeled = [PeeledLayer(layers[-1].name, feature[None], residual)]
     for upper, layer in zip(layers[:0:-1], layers[-2::-1], strict=True):
         if progress is not None:
             progress(layer.name)
@@ -91,7 +93,7 @@ def peel_linear_layers(
             why = f"its output, computed from its input, misses the layer above by {forward:.1%}"
             return Peeling(tuple(peeled), f"{layer.name}: {why}")
         feature = below
-        peeled.append(PeeledLayer(layer.name, feature, residual))
+        peeled.append(PeeledLayer(layer.name, feature[None], residual))
     return Peeling(tuple(peeled), None)
 
 

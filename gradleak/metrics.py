@@ -1,7 +1,7 @@
 """How close an answer came to the truth: the only module that may see ground truth."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,24 +60,39 @@ class ImageScore:
     total: tuple[int, ...]
 
 
-def match_samples(recovered: Tensor, true: Tensor) -> Tensor:
-    """Order the recovered labels (N, C) of a batch like the true ones: an assignment (N,) int64.
+def match_samples(
+    recovered: Tensor, true: Tensor, features: Sequence[tuple[Tensor, Tensor]] = ()
+) -> Tensor:
+    """Find each true sample of a batch among the recovered: an assignment (N,) int64.
 
-    ``recovered[assignment]`` has the least total L1 distance to ``true`` of all orders (the linear
-    sum assignment problem; Jonker and Volgenant 1987). Rows that are not finite are placed last.
-    Raises ``InputError`` for shapes that differ.
+    ``recovered`` (M, C) and ``true`` (N, C) are labels, ``features`` pairs (M, D), (N, D) of the
+    same samples. The assignment has the least total of L1 distances of the labels, plus the
+    relative errors of the features averaged over the pairs, which decide between samples of one
+    label (the linear sum assignment problem; Jonker and Volgenant 1987). Of M < N samples the
+    missing ones get -1. Rows that are not finite are placed last. Raises ``InputError`` for widths
+    that differ and for M > N.
     """
     from scipy.optimize import (  # type: ignore[import-untyped, unused-ignore]
         linear_sum_assignment,
     )
 
-    _require_alike(recovered, true, 2, "labels (N, C)")
-    cost = torch.cdist(true.detach().double(), recovered.detach().double(), p=1)
+    cost = _distances(recovered, true, "labels (N, C)", p=1.0)
+    for answer, truth in features:
+        apart = _distances(answer, truth, "vectors (N, D)", p=2.0)
+        if apart.shape != cost.shape:
+            raise InputError(
+                f"features of {len(answer)} samples beside labels of {len(recovered)}",
+                "score the features and the labels of one bundle",
+            )
+        size = torch.linalg.vector_norm(truth.detach().double(), dim=1, keepdim=True)
+        cost = cost + torch.where(apart == 0, 0.0, apart / size) / len(features)
     finite = cost[cost.isfinite()]
     worst = 2 * float(finite.max()) + 1 if finite.numel() else 1.0
     cost = torch.where(cost.isfinite(), cost, worst)
-    _, assignment = linear_sum_assignment(cost.cpu().numpy())
-    return torch.as_tensor(assignment, dtype=torch.int64, device=recovered.device)
+    rows, columns = linear_sum_assignment(cost.cpu().numpy())
+    assignment = torch.full((len(true),), -1, dtype=torch.int64)
+    assignment[torch.as_tensor(rows)] = torch.as_tensor(columns, dtype=torch.int64)
+    return assignment.to(recovered.device)
 
 
 def label_errors(recovered: Tensor, true: Tensor) -> LabelScore:
@@ -208,6 +223,25 @@ def _require_alike(recovered: Tensor, true: Tensor, ndim: int, what: str) -> Non
             f"shapes {tuple(recovered.shape)} and {tuple(true.shape)} cannot be compared",
             f"give two sets of {what} of one shape",
         )
+
+
+def _distances(recovered: Tensor, true: Tensor, what: str, p: float) -> Tensor:
+    """Return (N, M) the p-norm distances of rows, float64; refuse M > N and other widths."""
+    if (
+        not recovered.ndim == true.ndim == 2
+        or recovered.shape[1] != true.shape[1]
+        or not 0 < len(recovered) <= len(true)
+    ):
+        raise InputError(
+            f"shapes {tuple(recovered.shape)} and {tuple(true.shape)} cannot be compared",
+            f"give {what} of one width, and no more recovered than true ones",
+        )
+    return torch.cdist(
+        true.detach().double(),
+        recovered.detach().double(),
+        p=p,
+        compute_mode="donot_use_mm_for_euclid_dist",  # products would lose half the digits
+    )
 
 
 def _floats(values: Tensor) -> tuple[float, ...]:

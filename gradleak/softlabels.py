@@ -43,6 +43,9 @@ FAMILIES: tuple[Family, ...] = (
 ARBITRARY = "arbitrary"
 """The name given to a label that fits none of the families."""
 
+MIXED = "mixed"
+"""The name given to a batch whose labels are of different families."""
+
 
 def families(name: str = "auto") -> tuple[Family, ...]:
     """Return the families that ``name`` stands for: all of them for ``auto``, else that one.

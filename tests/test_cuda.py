@@ -91,7 +91,7 @@ def test_features_of_one_gradient_agree(name: str) -> None:
     assert cpu.verdict == cuda.verdict
     for one, other in zip(cpu.layers, cuda.layers, strict=True):
         assert one.name == other.name
-        assert close(one.feature, other.feature.cpu(), 1e-5)
+        assert close(one.features, other.features.cpu(), 1e-5)
 
 
 def test_gradient_matching_comes_as_close() -> None:

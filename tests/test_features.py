@@ -73,9 +73,9 @@ def check(captured: Capture, names: list[str]) -> FeatureOutcome:
     assert outcome.verdict == "unique", outcome.reason
     for layer in outcome.layers:
         true = captured.truth.features[layer.name]
-        assert float(relative_error(layer.feature[None], true)[0]) <= EXACT, layer.name
+        assert float(relative_error(layer.features, true)[0]) <= EXACT, layer.name
         assert layer.residual <= EXACT
-        assert torch.equal(outcome.bundle.tensor(FEATURE + layer.name), layer.feature[None])
+        assert torch.equal(outcome.bundle.tensor(FEATURE + layer.name), layer.features)
     return outcome
 
 
@@ -85,7 +85,7 @@ def test_fcn4_gives_every_feature_and_the_image(size: int, bias: bool) -> None:
     model = build_model("fcn4", size=size, options={"bias": bias})
     image = centre("chelsea", size)
     outcome = check(share(model, image, 17), ["fc4", "fc3", "fc2", "fc1"])
-    pixels = outcome.layers[-1].feature.reshape(image.shape)
+    pixels = outcome.layers[-1].features.reshape(image.shape)
     assert float((pixels - image).abs().max()) < 0.5 / 255  # every 8-bit pixel
 
 
@@ -123,7 +123,7 @@ def test_float64_gradients_give_features_to_ten_digits(name: str) -> None:
     for layer in recover(captured).layers:
         true = captured.truth.features[layer.name]
         assert true.dtype == torch.float64
-        assert float(relative_error(layer.feature[None], true)[0]) <= 1e-10
+        assert float(relative_error(layer.features, true)[0]) <= 1e-10
 
 
 def test_a_missing_bias_gradient_below_the_head_is_not_needed() -> None:
@@ -185,7 +185,7 @@ def test_a_head_alone_gives_its_own_input_and_says_why_no_more() -> None:
     assert "no gradient" in outcome.stopped
     assert outcome.verdict == "failed"
     true = captured.truth.features["fc4"]
-    assert float(relative_error(outcome.layers[0].feature[None], true)[0]) <= EXACT
+    assert float(relative_error(outcome.layers[0].features, true)[0]) <= EXACT
 
 
 def test_missing_weights_end_the_peeling_below() -> None:
@@ -232,7 +232,7 @@ def test_a_label_is_needed_and_must_fit_the_head() -> None:
     with pytest.raises(InputError, match="for a head of 10 classes"):
         recover_feature(few, device="cpu")
     two = captured.bundle.extended({LABEL: torch.full((2, 10), 0.1, dtype=torch.float64)})
-    with pytest.raises(IncompleteError, match="holds 2 samples"):
+    with pytest.raises(InputError, match="2 labels are given for a gradient of 1 samples"):
         recover_feature(two, device="cpu")
 
 
@@ -245,7 +245,7 @@ def test_features_rest_on_the_verdict_of_their_label() -> None:
     assert outcome.verdict == "unidentifiable"
     assert "label" in outcome.reason
     # The direction is known all the same; only its length is not.
-    found, true = outcome.layers[0].feature, captured.truth.features["1"][0].double()
+    found, true = outcome.layers[0].features[0], captured.truth.features["1"][0].double()
     assert abs(float(found @ true / (found.norm() * true.norm()))) == pytest.approx(1.0, abs=1e-6)
 
 
@@ -270,6 +270,6 @@ def test_the_truth_beside_the_bundle_changes_nothing(tmp_path: Path, withheld: b
     alone, beside = outcomes
     assert [x.name for x in alone.layers] == [x.name for x in beside.layers]
     for one, other in zip(alone.layers, beside.layers, strict=True):
-        assert torch.equal(one.feature, other.feature)
+        assert torch.equal(one.features, other.features)
         assert one.residual == other.residual
     assert (alone.verdict, alone.reason) == (beside.verdict, beside.reason)

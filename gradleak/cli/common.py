@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TextIO
@@ -206,14 +206,60 @@ def run_stage(
 
     ``nothing`` is what the JSON object of a failed input has for the stage's own keys.
     """
-    for source in inputs:
-        try:
-            given = open_bundle(source)
+
+    def one_by_one(
+        bundles: Iterable[Bundle | GradleakError],
+    ) -> Iterator[tuple[Report, Bundle] | GradleakError]:
+        for source, bundle in zip(inputs, bundles, strict=True):
+            if isinstance(bundle, GradleakError):
+                yield bundle
+                continue
             try:
-                report, bundle = work(source, given)
-            except IncompleteError:
-                _pass_on(given, stage, console.outputs)
-                raise
+                yield work(source, bundle)
+            except GradleakError as error:
+                yield error
+
+    run_stage_on_all(console, stage, inputs, one_by_one, nothing)
+
+
+def run_stage_on_all(
+    console: Console,
+    stage: str,
+    inputs: Sequence[str],
+    work: Callable[
+        [Iterable[Bundle | GradleakError]], Iterable[tuple[Report, Bundle] | GradleakError]
+    ],
+    nothing: Mapping[str, object] | None = None,
+) -> None:
+    """Run a stage that takes its inputs together, as :func:`run_stage` does one by one.
+
+    ``work`` gets the opened bundles, or what was wrong with them, and returns in their order the
+    report and the bundle of each, or what was wrong.
+    """
+    opened: list[Bundle] = []
+
+    def bundles() -> Iterator[Bundle | GradleakError]:
+        for source in inputs:
+            try:
+                bundle = open_bundle(source)
+            except GradleakError as error:
+                yield error
+                continue
+            if console.outputs:  # of one input
+                opened.append(bundle)
+            yield bundle
+
+    try:
+        answers = work(bundles())
+    except GradleakError as error:
+        answers = [error] * len(inputs)
+    for source, answer in zip(inputs, answers, strict=True):
+        try:
+            if isinstance(answer, GradleakError):
+                if isinstance(answer, IncompleteError) and opened:
+                    _pass_on(opened[0], stage, console.outputs)
+                raise answer
+            report, bundle = answer
             write_bundle(bundle, console.outputs)
         except GradleakError as error:
             console.error(error, stage=stage, source=source, nothing=nothing)

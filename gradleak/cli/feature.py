@@ -29,6 +29,7 @@ from gradleak.cli.options import (
 
 if TYPE_CHECKING:
     from gradleak.bundle import Bundle
+    from gradleak.features import PeeledLayer
     from gradleak.stages.feature import FeatureOutcome
 
 NAME = "recover-feature"
@@ -55,9 +56,10 @@ def command(
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Recover the head's input feature, and the inputs of every Linear layer below it.
+    """Recover the head's input features, and the inputs of every Linear layer below it.
 
-    Takes a bundle that recover-label has worked on. Exit code 0 when every layer was reached.
+    Takes a bundle that recover-label has worked on. Of a batch the head's inputs are recovered, one
+    for each label. Exit code 0 when every layer was reached.
     """
     sources = choose_inputs(context, inputs)
     outputs = check_output(output, sources)
@@ -75,21 +77,15 @@ def _report(source: str, outcome: FeatureOutcome) -> Report:
     layers: list[dict[str, object]] = [
         {
             "name": layer.name,
-            "width": len(layer.feature),
-            "norm": float(layer.feature.norm()),
-            "zeros": int((layer.feature == 0).sum()),
+            "width": layer.features.shape[1],
+            "norms": layer.features.norm(dim=1).tolist(),
+            "zeros": (layer.features == 0).sum(1).tolist(),
             "residual": layer.residual,
         }
         for layer in outcome.layers
     ]
     rows = [("verdict", f"{outcome.verdict}: {outcome.reason}")]
-    rows += [
-        (
-            f"input of {layer['name']}",
-            f"{layer['width']} values, norm {layer['norm']:.6g}, residual {layer['residual']:.2g}",
-        )
-        for layer in layers
-    ]
+    rows += [(f"input of {layer.name}", _line(layer)) for layer in outcome.layers]
     if outcome.stopped is not None:
         rows.append(("not reached", outcome.stopped))
     rows.append(("method", outcome.method))
@@ -100,7 +96,7 @@ def _report(source: str, outcome: FeatureOutcome) -> Report:
         "verdict": outcome.verdict,
         "reason": outcome.reason,
         "method": outcome.method,
-        "batch_size": 1,
+        "batch_size": outcome.batch_size,
         "layers": layers,
         "stopped": outcome.stopped,
         "residual": outcome.residual,
@@ -108,3 +104,13 @@ def _report(source: str, outcome: FeatureOutcome) -> Report:
         "seconds": outcome.seconds,
     }
     return Report(source, rows, data, exit_code_of(outcome.verdict))
+
+
+def _line(layer: PeeledLayer) -> str:
+    norms = layer.features.norm(dim=1)
+    low, high = float(norms.min()), float(norms.max())
+    count, width = layer.features.shape
+    size = f"{width} values, norm {low:.6g}"
+    if count > 1:
+        size = f"{count} × {width} values, norms {low:.6g} to {high:.6g}"
+    return f"{size}, residual {layer.residual:.2g}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gradleak.cli.common import (
+    STDIO,
     Console,
     Report,
     check_output,
@@ -14,10 +16,12 @@ from gradleak.cli.common import (
     exit_code_of,
     keep_apart,
     number,
-    run_stage,
+    printable,
+    run_stage_on_all,
 )
 from gradleak.cli.options import (
     ATTACK,
+    OUTPUT,
     Device,
     HeadName,
     Inputs,
@@ -27,8 +31,11 @@ from gradleak.cli.options import (
     Seed,
     Weights,
 )
+from gradleak.errors import GradleakError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from gradleak.bundle import Bundle
     from gradleak.labels.verdict import SampleLabel
     from gradleak.stages.label import LabelOutcome
@@ -45,6 +52,7 @@ _NOTHING: dict[str, object] = {
     "noise": None,
     "alternatives": [],
     "intervals": [],
+    "plot": None,
     "head": None,
     "device": None,
     "seconds": None,
@@ -80,9 +88,28 @@ def command(
             rich_help_panel=ATTACK,
         ),
     ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of samples, from 1. Default: the rank of the head's gradient, or what "
+            "the bundle records if that is more.",
+            show_default=False,
+            rich_help_panel=ATTACK,
+        ),
+    ] = None,
     head: HeadName = None,
     weights: Weights = None,
     output: OutputBundle = None,
+    plot: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw the residuals over the scale and the label into FILE, a .png, .pdf or .svg; "
+            "needs matplotlib (the extra plot). Default: none.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     device: Device = "auto",
@@ -90,39 +117,84 @@ def command(
 ) -> None:
     """Recover the soft label of the sample behind each gradient, with its certainty.
 
+    Several gradients are solved together, those with heads of one shape in one computation.
+
     Exit code 0 when the answer is unique, 4 when it is ambiguous, unidentifiable or failed.
     """
     sources = choose_inputs(context, inputs)
     outputs = check_output(output, sources)
     keep_apart(output, weights)
+    _check_plot(plot, output, weights, sources)
     from gradleak.labels.paper_search import PaperOptions
-    from gradleak.stages.label import recover_label
+    from gradleak.stages.label import recover_labels
 
     paper = None if paper_divisor is None else PaperOptions(divisor=paper_divisor)
 
-    def work(source: str, bundle: Bundle) -> tuple[Report, Bundle]:
-        outcome = recover_label(
-            bundle,
+    def work(
+        bundles: Iterable[Bundle | GradleakError],
+    ) -> Iterator[tuple[Report, Bundle] | GradleakError]:
+        outcomes = recover_labels(
+            bundles,
             family=family,
             method=method,
+            batch_size=batch_size,
             head=head,
             weights=weights,
             paper=paper,
             device=device,
             seed=seed,
         )
-        return _report(source, outcome), outcome.bundle
+        for source, outcome in zip(sources, outcomes, strict=True):
+            if isinstance(outcome, GradleakError):
+                yield outcome
+                continue
+            if plot is not None:
+                _draw(plot, source, weights, outcome)
+            yield _report(source, outcome, plot), outcome.bundle
 
-    run_stage(Console(json=json, quiet=quiet, outputs=outputs), NAME, sources, work, _NOTHING)
+    console = Console(json=json, quiet=quiet, outputs=outputs)
+    run_stage_on_all(console, NAME, sources, work, _NOTHING)
 
 
-def _report(source: str, outcome: LabelOutcome) -> Report:
+def _check_plot(
+    plot: str | None, output: str | None, weights: str | None, sources: list[str]
+) -> None:
+    """Refuse, before any work, a picture that cannot be drawn or would replace another file."""
+    if plot is None:
+        return
+    if len(sources) > 1:
+        raise UsageError(
+            f"--plot takes one input, and {len(sources)} were given",
+            "run the command once per input",
+        )
+    if plot == STDIO:
+        raise UsageError("--plot does not go to standard output", "give it a file name")
+    from gradleak.plots import check_plot
+
+    check_plot(plot)
+    check_output(plot)
+    keep_apart(plot, output, weights, *sources)
+
+
+def _draw(plot: str, source: str, weights: str | None, outcome: LabelOutcome) -> None:
+    from gradleak.plots import save_label_plot
+    from gradleak.stages.label import label_curves
+
+    curves = label_curves(outcome, weights=weights)
+    title = "standard input" if source == STDIO else Path(source).name
+    save_label_plot(plot, curves, outcome.result, printable(title))
+
+
+def _report(source: str, outcome: LabelOutcome, plot: str | None) -> Report:
     result = outcome.result
     rows = [("verdict", f"{result.verdict}: {result.reason}")]
-    if result.samples:
+    if len(result.samples) == 1:
         sample = result.samples[0]
         rows += [("family", sample.family), *_entries(sample)]
         rows.append(("scale", f"{sample.scale:.6g} ± {number(sample.scale_error, 2)}"))
+    elif result.samples:
+        rows.append(("samples", f"{len(result.samples)} of {result.batch_size}"))
+        rows += [(f"sample {n}", _line(sample)) for n, sample in enumerate(result.samples)]
     rows += [
         ("", f"or {other.family}: {_brief(other)}, scale {other.scale:.6g}")
         for other in result.alternatives
@@ -139,6 +211,8 @@ def _report(source: str, outcome: LabelOutcome) -> Report:
         ("column sums", f"{number(result.column_sums)} of the gradient's size (Theorem 1: 0)"),
         ("solved in", f"{1e3 * result.seconds:.1f} ms on {outcome.device}"),
     ]
+    if plot is not None:
+        rows.append(("wrote", plot))
     data: dict[str, object] = {
         "input": source,
         "stage": NAME,
@@ -154,6 +228,7 @@ def _report(source: str, outcome: LabelOutcome) -> Report:
         "column_sums": result.column_sums,
         "alternatives": [_sample(sample) for sample in result.alternatives],
         "intervals": [[i.low, i.high] for i in result.intervals],
+        "plot": plot,
         "head": outcome.head,
         "device": outcome.device,
         "seconds": result.seconds,
@@ -174,6 +249,12 @@ def _entries(sample: SampleLabel) -> list[tuple[str, str]]:
     if sample.base > 0:
         rows.append(("other classes", f"{sample.base:.6g} ± {number(sample.base_error, 2)} each"))
     return rows
+
+
+def _line(sample: SampleLabel) -> str:
+    """Describe one sample of a batch in a line."""
+    base = f", others {sample.base:.4g}" if sample.base > 0 else ""
+    return f"{sample.family}: {_brief(sample)}{base} (± {number(sample.uncertainty(), 1)})"
 
 
 def _brief(sample: SampleLabel) -> str:

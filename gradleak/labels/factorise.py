@@ -8,10 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradleak.labels.sketch import leading_values, worthwhile
 from gradleak.linalg import effective_precisions, precision, row_blocks
 
 # A rank-one residual up to this many roundings is rounding, not noise and not a second sample.
 _ROUNDINGS = 16.0
+_BEYOND_ROUNDING = 4.0 * _ROUNDINGS
+# More samples than this are rarely seen in one gradient.
+_USUAL_BATCH = 64
 _FLOAT32 = precision(torch.float32)
 _SWEEPS = 3
 
@@ -117,9 +121,17 @@ def ranks_of(gradient: Tensor, leading: RankOne) -> list[Rank]:
     ]
     (left,) = torch.where(leading.finite() & (leading.residual > _ROUNDINGS * leading.unit))
     for index in left.tolist():
-        values = _singular_values(gradient[index])
-        ranks[index] = _rank_from(values, float(leading.unit[index]), gradient.shape[1:])
+        ranks[index] = _rank_of_one(gradient[index], float(leading.unit[index]))
     return ranks
+
+
+def as_one_sample(rank: Rank, leading: RankOne, index: int) -> Rank:
+    """Return the rank of a gradient known to be of one sample: what is beyond it is noise."""
+    if rank.rank <= 1:
+        return rank
+    size = math.sqrt(leading.u.shape[1] * leading.v.shape[1])
+    norm = float(leading.sigma[index])
+    return Rank(rank=1, noise=float(leading.residual[index]) * norm / size, noisy=True)
 
 
 def rank_of(gradient: Tensor, leading: RankOne) -> Rank:
@@ -127,14 +139,27 @@ def rank_of(gradient: Tensor, leading: RankOne) -> Rank:
     return ranks_of(gradient, leading)[0]
 
 
-def _rank_from(values: Tensor, unit: float, shape: torch.Size) -> Rank:
-    """Count the singular values (K,) of a gradient of ``shape`` (C, D)."""
-    classes, width = shape
+def _rank_of_one(gradient: Tensor, unit: float) -> Rank:
+    """Count the samples in one gradient ``(C, D)`` of ``unit`` roundoff."""
+    classes, width = gradient.shape
+    wide = gradient.double()
+    scale = math.sqrt(classes * width)
+    # Batches are mostly far smaller than the head, and then few of its singular values suffice.
+    if worthwhile(wide, _USUAL_BATCH):
+        values, beyond = leading_values(wide, _USUAL_BATCH)
+        edge = _BEYOND_ROUNDING * unit * float(values[0])
+        above = int((values > edge).sum())
+        if above < len(values):
+            beyond = math.hypot(beyond, float(values[above:].norm()))
+            if beyond < edge * math.sqrt(min(classes, width)):
+                return Rank(rank=above, noise=beyond / scale, noisy=False)
+    values = _singular_values(wide)
     possible = min(classes - 1, width)
-    above = int((values > 4.0 * _ROUNDINGS * unit * values[0]).sum())
-    if above < possible:
+    above = int((values > _BEYOND_ROUNDING * unit * values[0]).sum())
+    # Without noise every column sums to zero, so that the last of C singular values is zero.
+    if above < possible or (above == possible and len(values) > possible):
         tail = float(values[above:].square().sum()) ** 0.5
-        return Rank(rank=above, noise=tail / math.sqrt(classes * width), noisy=False)
+        return Rank(rank=above, noise=tail / scale, noisy=False)
     return _rank_under_noise(values, classes, width)
 
 
@@ -157,7 +182,7 @@ def _singular_values(matrix: Tensor) -> Tensor:
     ``eigvalsh`` of the smaller Gram matrix would square the rounding, so this is a plain SVD of
     the triangular factor.
     """
-    tall = matrix.double() if matrix.shape[0] >= matrix.shape[1] else matrix.double().T
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     values: Tensor = torch.linalg.svdvals(torch.linalg.qr(tall, mode="r").R)
     return values
 

@@ -6,21 +6,22 @@ Any number of them is solved in one batched computation; one gradient is a batch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gradleak.errors import GradleakError, InputError
 from gradleak.labels.answer import Solved, resimulate, results
+from gradleak.labels.batch.recover import recover_batch
 from gradleak.labels.bias import foreign_bias, scales_from_bias
 from gradleak.labels.checks import column_sums, not_softmax
 from gradleak.labels.decide import decide
-from gradleak.labels.factorise import Rank, RankOne, leading_triple, ranks_of
+from gradleak.labels.factorise import Rank, RankOne, as_one_sample, leading_triple, ranks_of
+from gradleak.labels.options import LabelOptions
 from gradleak.labels.problem import FamilyTable, ScaleProblem
 from gradleak.labels.refine import describe, refine
 from gradleak.labels.search import find_candidates
-from gradleak.labels.several import recover_several
 from gradleak.labels.verdict import LabelResult
 from gradleak.linalg import matmul, matvec, precision
 from gradleak.softlabels import FAMILIES, Family
@@ -39,6 +40,8 @@ def recover_single(
     grad_bias: Tensor | None = None,
     families: Sequence[Family] = FAMILIES,
     method: str = "auto",
+    options: LabelOptions | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> LabelResult:
     """Recover the soft label and the head's input feature of one sample.
 
@@ -56,6 +59,8 @@ def recover_single(
         grad_bias=None if grad_bias is None else grad_bias[None],
         families=families,
         method=method,
+        options=options,
+        progress=progress,
     )
     if isinstance(result, GradleakError):
         raise result
@@ -70,6 +75,8 @@ def recover_singles(
     grad_bias: Tensor | None = None,
     families: Sequence[Family] = FAMILIES,
     method: str = "auto",
+    options: LabelOptions | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[LabelResult | GradleakError]:
     """Recover soft label and feature from each of B gradients, on the device that holds them.
 
@@ -77,10 +84,11 @@ def recover_singles(
     (C,) where the gradients are of one head, (B, C, D) and (B, C) where each has its own. The
     memory used does not grow with B. Each answer is what :func:`recover_single` gives for the
     gradient alone, and what it would raise stands in the answer's place: no gradient spoils
-    another's. Gradients of several samples go to ``recover_several``, one by one.
+    another's. Gradients of several samples go to ``recover_batch``, one by one.
     """
     count, classes, width = grad_weight.shape
     kind = grad_weight.device.type
+    options = LabelOptions(families, method) if options is None else options
     step = min(_CLASSES[kind] // classes, _VALUES[kind] // (classes * width)) or 1
     answers: list[LabelResult | GradleakError] = []
     for start in range(0, count, step):
@@ -90,8 +98,8 @@ def recover_singles(
             weight if weight.dim() == 2 else weight[part],
             bias if bias is None or bias.dim() == 1 else bias[part],
             None if grad_bias is None else grad_bias[part],
-            families,
-            method,
+            options,
+            progress,
         )
     return answers
 
@@ -124,14 +132,16 @@ def _recover(
     weight: Tensor,
     bias: Tensor | None,
     grad_bias: Tensor | None,
-    families: Sequence[Family],
-    method: str,
+    options: LabelOptions,
+    progress: Callable[[int, int], None] | None,
 ) -> list[LabelResult | GradleakError]:
     """Do the work of :func:`recover_singles` for as many gradients as memory allows at once."""
     # Thousands of small operations: without autograd's bookkeeping they cost a fifth less.
     with torch.inference_mode():
         leading = leading_triple(gradient)
         ranks = ranks_of(gradient, leading)
+        if options.batch_size == 1:
+            ranks = [as_one_sample(rank, leading, b) for b, rank in enumerate(ranks)]
         sums = column_sums(gradient, leading, ranks)
         found = _without_sample(leading, ranks, sums)
         every = _Singles(
@@ -140,22 +150,25 @@ def _recover(
             scale_problem(leading, weight, bias, noise=_noise(ranks, leading)),
             grad_bias,
         )
-        singles = every.part([b not in found and rank.rank == 1 for b, rank in enumerate(ranks)])
-        groups = list(_solve(singles, found, FamilyTable.of(families, gradient.device), method))
+        alone = [rank.rank == 1 == options.samples(1) for rank in ranks]
+        singles = every.part([b not in found and one for b, one in enumerate(alone)])
+        table = FamilyTable.of(options.families, gradient.device)
+        groups = list(_solve(singles, found, table, options.method))
     for members, solved in groups:
         mine = [ranks[b] for b in members], [sums[b][0] for b in members]
         found.update(zip(members, results(solved, *mine), strict=True))
     for b, rank in enumerate(ranks):
         if b not in found:
-            found[b] = recover_several(
+            result = recover_batch(
                 gradient[b],
                 weight if weight.dim() == 2 else weight[b],
-                bias if bias is None or bias.dim() == 1 else bias[b],
-                None if grad_bias is None else grad_bias[b],
-                rank,
-                families=families,
-                column_sums=sums[b][0],
+                rank=rank,
+                bias=bias if bias is None or bias.dim() == 1 else bias[b],
+                grad_bias=None if grad_bias is None else grad_bias[b],
+                options=options,
+                progress=progress,
             )
+            found[b] = replace(result, column_sums=sums[b][0])
     return [found[b] for b in range(len(ranks))]
 
 

@@ -31,12 +31,15 @@ from gradleak.head import (
     read_head,
     with_weights,
 )
+from gradleak.labels.batch.features import features_of_labels
 from gradleak.labels.bias import scale_from_bias
-from gradleak.labels.factorise import leading_triple, rank_of
+from gradleak.labels.factorise import Rank, RankOne, as_one_sample, leading_triple, rank_of
 from gradleak.labels.known import label_residual, scale_of_label
+from gradleak.labels.options import LabelOptions
 from gradleak.labels.single import scale_problem
 from gradleak.labels.verdict import Verdict
 from gradleak.models.spec import LinearLayer
+from gradleak.softlabels import FAMILIES
 
 # The label may miss the gradient by this much, relative, before the two do not belong together.
 _CONSISTENT = 1e-2
@@ -46,14 +49,16 @@ _CONSISTENT = 1e-2
 class FeatureOutcome:
     """The enriched ``bundle`` and the peeled ``layers``, from the head downwards.
 
-    ``residual`` is that of the head's gradient; ``stopped`` says why lower Linear layers, if there
-    are any, were not reached.
+    ``batch_size`` is the number N of samples behind the gradient, of which an incomplete label has
+    fewer; ``residual`` is that of the head's gradient; ``stopped`` says why lower Linear layers, if
+    there are any, were not reached.
     """
 
     bundle: Bundle
     verdict: Verdict
     reason: str
     method: str
+    batch_size: int
     layers: tuple[PeeledLayer, ...]
     stopped: str | None
     residual: float
@@ -70,11 +75,12 @@ def recover_feature(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> FeatureOutcome:
-    """Recover the head's input feature, and by peeling those of every Linear layer below it.
+    """Recover the head's input features, and by peeling those of every Linear layer below it.
 
-    Needs ``label/soft`` from ``recover-label``. Features go to ``feature/<layer>`` (N, D) float64.
-    ``progress`` is called with each layer's name. Raises :class:`IncompleteError` without a label
-    or for a batch, :class:`InputError` for a label that does not belong to the gradient.
+    Needs ``label/soft`` from ``recover-label``. Features go to ``feature/<layer>`` (N, D) float64,
+    row by row those of the labels. Of a batch the head's alone are recovered. ``progress`` is
+    called with each layer's name. Raises :class:`IncompleteError` without a label or where its
+    sample is not found, :class:`InputError` for labels that do not belong to the gradient.
     """
     where = resolve_device(device)
     if LABEL not in bundle:
@@ -91,20 +97,21 @@ def recover_feature(
             "classes",
             "run gradleak recover-label on this bundle",
         )
-    if len(label) != 1:
-        raise IncompleteError(
-            f"{LABEL} holds {len(label)} samples, and features are recovered for one",
-            "attack gradients of single samples",
-        )
     start = time.perf_counter()
-    feature, delta, method = _head_feature(layer, label[0])
-
-    read = BundleLayers(bundle_with_weights, where)
-    peeling = peel_linear_layers(layers, read, feature, delta, progress)
-    # NaN or infinity in a gradient cannot but reach the feature, or end the peeling.
-    if peeling.stopped or not all(bool(p.feature.isfinite().all()) for p in peeling.layers):
-        for linear in layers:
-            read.check(linear.name)
+    options = _options(bundle)
+    leading, rank = _factorise(layer, options)
+    if rank.rank == 1 == options.samples(1) and len(label) == 1:
+        samples = 1
+        feature, delta, method = _head_feature(layer, label[0], leading, rank)
+        read = BundleLayers(bundle_with_weights, where)
+        peeling = peel_linear_layers(layers, read, feature, delta, progress)
+        # NaN or infinity in a gradient cannot but reach the feature, or end the peeling.
+        if peeling.stopped or not all(bool(p.features.isfinite().all()) for p in peeling.layers):
+            for linear in layers:
+                read.check(linear.name)
+    else:
+        samples, peeling = _batch_features(layer, label, rank, options, layers)
+        method = "subspace"
     seconds = time.perf_counter() - start
     verdict, reason = _verdict(bundle, peeling, len(layers))
     record = StageRecord(
@@ -115,12 +122,13 @@ def recover_feature(
         seconds=seconds,
         verdict=verdict,
     )
-    found = {FEATURE + peeled.name: peeled.feature[None] for peeled in peeling.layers}
+    found = {FEATURE + peeled.name: peeled.features for peeled in peeling.layers}
     return FeatureOutcome(
         bundle=bundle.extended(found, record=record),
         verdict=verdict,
         reason=reason,
         method=method,
+        batch_size=samples,
         layers=peeling.layers,
         stopped=peeling.stopped or _unreached(bundle, layers),
         residual=peeling.layers[0].residual,
@@ -129,18 +137,43 @@ def recover_feature(
     )
 
 
-def _head_feature(head: Head, label: Tensor) -> tuple[Tensor, Tensor, str]:
-    """Return the head's input (D,), its output delta (C,), and how the scale was found."""
+def _options(bundle: Bundle) -> LabelOptions:
+    """Return the options that the labels were recovered with, as far as the bundle records them."""
+    stages = [stage for stage in bundle.stages if stage.get("stage") == "recover-label"]
+    stage = stages[-1] if stages else {}
+    given, seed = stage.get("arguments"), stage.get("seed")
+    arguments = given if isinstance(given, dict) else {}
+    named = tuple(family for family in FAMILIES if family.name == arguments.get("family"))
+    size = arguments.get("batch_size")
+    return LabelOptions(
+        families=named or FAMILIES,
+        method="scale" if arguments.get("method") == "scale" else "auto",
+        batch_size=size if isinstance(size, int) and size > 0 else None,
+        recorded_size=bundle.batch_size,
+        seed=seed if isinstance(seed, int) else 0,
+    )
+
+
+def _factorise(head: Head, options: LabelOptions) -> tuple[RankOne, Rank]:
+    """Return the leading triple of the head's gradient and its rank, which is 1 or more."""
     leading = leading_triple(head.grad_weight[None])
     if float(leading.sigma) == 0.0:
         raise IncompleteError("the head gradient is exactly zero", "it determines no feature")
     rank = rank_of(head.grad_weight[None], leading)
-    if rank.rank != 1:
+    if options.batch_size == 1:
+        rank = as_one_sample(rank, leading, 0)
+    if rank.rank == 0:
         raise IncompleteError(
-            f"the head gradient has rank {rank.rank}, a batch; features are recovered for one "
-            "sample",
-            "attack gradients of single samples",
+            f"no singular value of the head gradient rises above its noise (std {rank.noise:.2g})",
+            "it determines no feature",
         )
+    return leading, rank
+
+
+def _head_feature(
+    head: Head, label: Tensor, leading: RankOne, rank: Rank
+) -> tuple[Tensor, Tensor, str]:
+    """Return one sample's input (D,) of the head, its delta (C,), and how the scale was found."""
     noise = rank.noise if rank.noisy else 0.0
     problem = scale_problem(leading, head.weight, head.bias, noise=noise)
     if head.grad_bias is not None and not rank.noisy:
@@ -157,6 +190,26 @@ def _head_feature(head: Head, label: Tensor) -> tuple[Tensor, Tensor, str]:
     feature = scale * leading.v[0]
     delta = leading.sigma / scale * leading.u[0]
     return feature, delta, method
+
+
+def _batch_features(
+    head: Head, labels: Tensor, rank: Rank, options: LabelOptions, layers: tuple[LinearLayer, ...]
+) -> tuple[int, Peeling]:
+    """Return the number of samples behind a batch's gradient, and the head's inputs."""
+    found = features_of_labels(
+        head.grad_weight,
+        head.weight,
+        labels,
+        rank=rank,
+        bias=head.bias,
+        grad_bias=head.grad_bias,
+        options=options,
+    )
+    stopped = None
+    if len(layers) > 1:
+        stopped = f"{layers[-2].name}: of a batch only the inputs of the head are recovered"
+    peeled = PeeledLayer(head.name, found.features, found.residual)
+    return found.samples, Peeling((peeled,), stopped)
 
 
 def _chain(bundle: Bundle, head: str) -> tuple[LinearLayer, ...]:
@@ -222,7 +275,7 @@ def _verdict(bundle: Bundle, peeling: Peeling, layers: int) -> tuple[Verdict, st
     worst = max(peeling.layers, key=lambda peeled: peeled.residual)
     if worst.residual > _CONSISTENT:
         return "failed", (
-            f"the gradient of {worst.name} misses δxᵀ by {worst.residual:.1%}: noise, or more than "
-            "one sample"
+            f"the gradient of {worst.name} misses δxᵀ by {worst.residual:.1%}: noise, or more "
+            "samples than there are labels"
         )
     return "unique", f"largest residual {worst.residual:.1e}, in {worst.name}"

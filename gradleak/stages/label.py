@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from gradleak.bundle import LABEL, Bundle, StageRecord
 from gradleak.device import resolve_device
-from gradleak.errors import UsageError
-from gradleak.head import read_head
+from gradleak.errors import GradleakError, UsageError
+from gradleak.head import Head, read_head
+from gradleak.labels.curves import Curves, scale_curves
+from gradleak.labels.options import LabelOptions
 from gradleak.labels.paper import recover_paper, require_family
 from gradleak.labels.paper_search import PaperOptions
-from gradleak.labels.single import recover_single
+from gradleak.labels.single import recover_singles
 from gradleak.labels.verdict import LabelResult
 from gradleak.softlabels import families
 
+Progress = Callable[[int, int], None]
+"""Told how many samples of a batch are found, and of how many."""
+
 METHODS = ("auto", "bias", "scale", "paper")
+# Heads held at once: how many, each with its file open, and values of their gradients.
+_HEADS, _VALUES = 256, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -31,70 +40,247 @@ class LabelOutcome:
     device: str
 
 
+@dataclass(frozen=True)
+class _Attack:
+    """What is asked for, and what it was called: ``arguments`` go on record."""
+
+    family: str
+    options: LabelOptions
+    paper: PaperOptions | None
+    head: str | None
+    weights: Path | str | None
+    device: torch.device
+    arguments: dict[str, object]
+    progress: Progress | None
+
+
 def recover_label(
     bundle: Bundle,
     *,
     family: str = "auto",
     method: str = "auto",
+    batch_size: int | None = None,
     head: str | None = None,
     weights: Path | str | None = None,
     paper: PaperOptions | None = None,
     device: str = "auto",
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> LabelOutcome:
-    """Recover the soft label of the sample behind a gradient bundle.
+    """Recover the soft labels of the samples behind a gradient bundle.
 
     Reads the head's tensors only. ``family`` is one of ``softlabels.FAMILIES`` or ``auto``;
     ``method`` is ``bias`` (closed form), ``scale`` (the search, bias gradient ignored), ``auto`` of
     the two, or ``paper`` (the baseline, with the options ``paper``; ``seed`` is its swarm's);
+    ``batch_size`` is the number of samples, the rank of the gradient unless given;
     ``head`` overrides the search for the classifier; ``weights`` is a state-dict file for a bundle
     without weights. The label goes to ``label/soft`` (N, C) float64, whatever the verdict.
 
     Raises :class:`GradleakError` subclasses as ``read_head`` and ``recover_single`` do.
     """
+    attack = _attack(family, method, batch_size, paper, head, weights, device, seed, progress)
+    (outcome,) = _recover([bundle], attack)
+    if isinstance(outcome, GradleakError):
+        raise outcome
+    return outcome
+
+
+def recover_labels(
+    bundles: Iterable[Bundle | GradleakError],
+    *,
+    family: str = "auto",
+    method: str = "auto",
+    batch_size: int | None = None,
+    head: str | None = None,
+    weights: Path | str | None = None,
+    paper: PaperOptions | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Iterator[LabelOutcome | GradleakError]:
+    """Recover the labels of many bundles, those with heads of one shape in one computation.
+
+    The options are those of :func:`recover_label`. Yields in the order of the bundles, each as
+    :func:`recover_label` answers for it alone, its seconds its share of the computation; what that
+    would raise stands in the outcome's place, and an error among the ``bundles`` is handed on.
+    Bundles are taken as they are needed, so memory does not grow with their number.
+
+    Raises :class:`UsageError` for an unknown family, method or device.
+    """
+    return _recover(
+        bundles, _attack(family, method, batch_size, paper, head, weights, device, seed, progress)
+    )
+
+
+def _attack(
+    family: str,
+    method: str,
+    batch_size: int | None,
+    paper: PaperOptions | None,
+    head: str | None,
+    weights: Path | str | None,
+    device: str,
+    seed: int,
+    progress: Progress | None,
+) -> _Attack:
     if method not in METHODS:
         raise UsageError(f"unknown method '{method}'", f"choose one of {', '.join(METHODS)}")
-    chosen = families(family)
     if method == "paper":
         require_family(family)
     elif paper is not None:
         raise UsageError(
             f"method '{method}' does not take the options of 'paper'", "add --method paper"
         )
+    arguments: dict[str, object] = {"family": family, "method": method}
+    if batch_size is not None:
+        if batch_size < 1:
+            raise UsageError(f"batch size {batch_size} is below 1", "give the number of samples")
+        arguments["batch_size"] = batch_size
+    options = LabelOptions(families(family), method, batch_size, seed=seed)
     where = resolve_device(device)
-    layer = read_head(bundle, name=head, weights=weights, device=where)
-    if method == "bias" and layer.grad_bias is None:
+    return _Attack(family, options, paper, head, weights, where, arguments, progress)
+
+
+def _recover(
+    bundles: Iterable[Bundle | GradleakError], attack: _Attack
+) -> Iterator[LabelOutcome | GradleakError]:
+    """Read heads until there are enough of them, and solve them together."""
+    taken: list[tuple[Bundle, Head] | GradleakError] = []
+    values = 0
+    for bundle in bundles:
+        try:
+            if isinstance(bundle, GradleakError):
+                raise bundle
+            head = _read(bundle, attack)
+        except GradleakError as error:
+            taken.append(error)
+        else:
+            taken.append((bundle, head))
+            values += head.grad_weight.numel()
+        if len(taken) >= _HEADS or values >= _VALUES:
+            yield from _solve(taken, attack)
+            taken, values = [], 0
+    yield from _solve(taken, attack)
+
+
+def _read(bundle: Bundle, attack: _Attack) -> Head:
+    head = read_head(bundle, name=attack.head, weights=attack.weights, device=attack.device)
+    if attack.options.method == "bias" and head.grad_bias is None:
         raise UsageError(
-            f"method 'bias' needs grad/{layer.name}.bias, which the bundle does not hold",
+            f"method 'bias' needs grad/{head.name}.bias, which the bundle does not hold",
             "use --method scale",
         )
+    return head
+
+
+def _solve(
+    taken: list[tuple[Bundle, Head] | GradleakError], attack: _Attack
+) -> list[LabelOutcome | GradleakError]:
+    """Solve the heads that were taken, those of the same shapes and dtypes in one call."""
+    found: dict[int, LabelOutcome | GradleakError] = {}
+    groups: dict[object, list[tuple[int, Bundle, Head]]] = {}
+    for index, item in enumerate(taken):
+        if isinstance(item, GradleakError):
+            found[index] = item
+        else:
+            groups.setdefault(_kind(*item), []).append((index, *item))
+    for group in groups.values():
+        size = group[0][1].batch_size
+        solved = _solve_alike([head for _, _, head in group], size, attack)
+        for (index, bundle, head), result in zip(group, solved, strict=True):
+            try:
+                found[index] = _outcome(bundle, head, result, attack)
+            except GradleakError as error:
+                found[index] = error
+    return [found[index] for index in range(len(taken))]
+
+
+def _kind(bundle: Bundle, head: Head) -> object:
+    """Return what heads have in common that can be solved in one call."""
+    tensors = (head.grad_weight, head.weight, head.bias, head.grad_bias)
+    return bundle.batch_size, *(None if t is None else (t.shape, t.dtype) for t in tensors)
+
+
+def _solve_alike(
+    heads: list[Head], size: int | None, attack: _Attack
+) -> list[LabelResult | GradleakError]:
+    """Solve heads of one kind, whose bundles record ``size`` samples; share the time out."""
+    if attack.options.method == "paper":
+        return [_solve_as_published(head, attack) for head in heads]
     start = time.perf_counter()
-    if method == "paper":
+    results = recover_singles(
+        _stack([head.grad_weight for head in heads]),
+        _shared([head.weight for head in heads]),
+        bias=None if heads[0].bias is None else _shared([_given(h.bias) for h in heads]),
+        grad_bias=(
+            None
+            if heads[0].grad_bias is None
+            else _stack([_given(head.grad_bias) for head in heads])
+        ),
+        options=replace(attack.options, recorded_size=size),
+        progress=attack.progress,
+    )
+    seconds = (time.perf_counter() - start) / len(heads)
+    return [r if isinstance(r, GradleakError) else replace(r, seconds=seconds) for r in results]
+
+
+def _solve_as_published(head: Head, attack: _Attack) -> LabelResult | GradleakError:
+    """Solve one head by the published search."""
+    start = time.perf_counter()
+    try:
         result = recover_paper(
-            layer.grad_weight,
-            layer.weight,
-            bias=layer.bias,
-            family=family,
-            options=paper,
-            generator=torch.Generator().manual_seed(seed),
+            head.grad_weight,
+            head.weight,
+            bias=head.bias,
+            family=attack.family,
+            options=attack.paper,
+            generator=torch.Generator().manual_seed(attack.options.seed),
         )
-    else:
-        result = recover_single(
-            layer.grad_weight,
-            layer.weight,
-            bias=layer.bias,
-            grad_bias=layer.grad_bias,
-            families=chosen,
-            method=method,
-        )
-    result = replace(result, seconds=time.perf_counter() - start)
+    except GradleakError as error:
+        return error
+    return replace(result, seconds=time.perf_counter() - start)
+
+
+def _given(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None  # heads of one kind all have it
+    return tensor
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]  # without a copy
+
+
+def _shared(tensors: list[Tensor]) -> Tensor:
+    """Return the tensor that all of them are, as for gradients of one network, or their stack."""
+    first = tensors[0]
+    same = all(other is first or torch.equal(other, first) for other in tensors)
+    return first if same else torch.stack(tensors)
+
+
+def _outcome(
+    bundle: Bundle, head: Head, result: LabelResult | GradleakError, attack: _Attack
+) -> LabelOutcome:
+    """Put the result into its bundle; raises the error that is in its place."""
+    if isinstance(result, GradleakError):
+        raise result
     record = StageRecord(
         "recover-label",
-        {"family": family, "method": method, "head": layer.name},
-        seed=seed,
-        device=str(where),
+        {**attack.arguments, "head": head.name},
+        seed=attack.options.seed,
+        device=str(attack.device),
         seconds=result.seconds,
         verdict=result.verdict,
     )
     found = {} if result.labels is None else {LABEL: result.labels}
-    return LabelOutcome(bundle.extended(found, record=record), result, layer.name, str(where))
+    extended = bundle.extended(found, record=record)
+    return LabelOutcome(extended, result, head.name, str(attack.device))
+
+
+def label_curves(outcome: LabelOutcome, *, weights: Path | str | None = None) -> Curves:
+    """Sample the search behind an ``outcome`` over the scale, for a picture of it.
+
+    ``weights`` are those that ``recover_label`` was given. Raises
+    :class:`UsageError` unless the gradient is of a single sample.
+    """
+    layer = read_head(outcome.bundle, name=outcome.head, weights=weights, device=outcome.device)
+    return scale_curves(layer.grad_weight, layer.weight, layer.bias, outcome.result)

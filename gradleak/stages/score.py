@@ -28,15 +28,21 @@ if TYPE_CHECKING:
 class Score:
     """What could be compared; None or empty where one side lacks it.
 
-    ``features`` maps layers to the relative errors (N,); ``image_note`` says what was done to the
-    picture compared with; ``order`` is the sample of the recovered batch for each true one.
+    ``order`` names the recovered sample of each of the N true ones, None where it is missing; the
+    other fields are of those found, in the order of the true ones. ``features`` maps layers to the
+    relative errors; ``image_note`` says what was done to the picture compared with.
     """
 
     labels: LabelScore | None
     features: dict[str, tuple[float, ...]]
     images: ImageScore | None
     image_note: str | None
-    order: tuple[int, ...]
+    order: tuple[int | None, ...]
+
+    @property
+    def found(self) -> int:
+        """The number of true samples that were recovered."""
+        return sum(index is not None for index in self.order)
 
 
 def score(
@@ -45,7 +51,8 @@ def score(
     """Compare recovered label, features and image with the truth, or an image with a picture file.
 
     ``recovered`` is a bundle, or an image (3, H, W) in [0, 1]. ``against`` is resized to the size
-    of the recovered image as ``capture`` does. Samples of a batch are matched by their labels.
+    of the recovered image as ``capture`` does. Samples of a batch are matched by their labels,
+    and by their features where those are there; an answer may have fewer samples than the truth.
     Raises :class:`IncompleteError` when there is nothing to compare.
     """
     bundle = recovered if isinstance(recovered, Bundle) else None
@@ -81,40 +88,61 @@ def score(
 def _against_truth(
     bundle: Bundle | None, labels: Tensor | None, images: Tensor | None, truth: Truth
 ) -> Score:
-    count = len(truth.labels)
-    order: Tensor | None = None
-    if labels is not None:
-        if labels.shape != truth.labels.shape:
-            raise InputError(
-                f"the recovered labels are {list(labels.shape)} and the true ones "
-                f"{list(truth.labels.shape)}",
-                "score the bundle against the truth of the same capture",
-            )
-        order = match_samples(labels.double(), truth.labels.double())
-    index = list(range(count)) if order is None else order.tolist()
-    features: dict[str, tuple[float, ...]] = {}
-    for name, true in truth.features.items():
-        if bundle is not None and FEATURE + name in bundle:
-            found = bundle.tensor(FEATURE + name).double()
-            _require_samples(FEATURE + name, found, count)
-            features[name] = _floats(relative_error(found[index], true.double()))
+    features = {} if bundle is None else _features(bundle, truth)
+    order = _match(labels, features, truth)
+    there = [n for n, index in enumerate(order) if index is not None]
+    index = [k for k in order if k is not None]
     if images is not None:
-        _require_samples("the recovered image", images, count)
+        beside = "the truth" if labels is None else "the label"
+        _require_samples("the recovered image", images, beside, len(index))
     return Score(
         labels=None
         if labels is None
-        else label_errors(labels.double()[index], truth.labels.double()),
-        features=features,
-        images=None if images is None else image_score(images[index], truth.images),
+        else label_errors(labels.double()[index], truth.labels.double()[there]),
+        features={
+            name: _floats(relative_error(found[index], true[there]))
+            for name, (found, true) in features.items()
+        },
+        images=None if images is None else image_score(images[index], truth.images[there]),
         image_note=None,
-        order=tuple(index),
+        order=order,
     )
 
 
-def _require_samples(what: str, recovered: Tensor, count: int) -> None:
+def _features(bundle: Bundle, truth: Truth) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the recovered features (M, D) and the true ones (N, D) of the layers with both."""
+    return {
+        name: (bundle.tensor(FEATURE + name).double(), true.double())
+        for name, true in truth.features.items()
+        if FEATURE + name in bundle
+    }
+
+
+def _match(
+    labels: Tensor | None, features: dict[str, tuple[Tensor, Tensor]], truth: Truth
+) -> tuple[int | None, ...]:
+    """Return the recovered sample of each true one; without labels they stand in its order."""
+    count = len(truth.labels)
+    if labels is None:
+        for name, (found, _) in features.items():
+            _require_samples(FEATURE + name, found, "the truth", count)
+        return tuple(range(count))
+    if labels.dim() != 2 or labels.shape[1:] != truth.labels.shape[1:] or len(labels) > count:
+        raise InputError(
+            f"the recovered labels are {list(labels.shape)} and the true ones "
+            f"{list(truth.labels.shape)}",
+            "score the bundle against the truth of the same capture",
+        )
+    for name, (found, _) in features.items():
+        _require_samples(FEATURE + name, found, "the label", len(labels))
+    matched = match_samples(labels.double(), truth.labels.double(), list(features.values()))
+    return tuple(None if index < 0 else index for index in matched.tolist())
+
+
+def _require_samples(what: str, recovered: Tensor, beside: str, count: int) -> None:
     if len(recovered) != count:
         raise InputError(
-            f"{what} is of {len(recovered)} samples and the truth of {count}",
+            f"{what} is of {len(recovered)} samples and {beside} of {count}",
             "score the bundle against the truth of the same capture",
         )
 

@@ -1,0 +1,142 @@
+"""From the gradient of the head to every label and feature of a batch (ALGORITHMS §4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gradleak.labels.batch.joint import solve_jointly
+from gradleak.labels.batch.judge import describe, incomplete, judge, residual_of
+from gradleak.labels.batch.polish import STEPS, Labels, labels_of, polish
+from gradleak.labels.batch.samples import ROUNDS, Found, find_mass, find_samples
+from gradleak.labels.batch.simplify import prune, simplify
+from gradleak.labels.batch.subspace import Subspace, subspace_of
+from gradleak.labels.factorise import Rank
+from gradleak.labels.options import LabelOptions
+from gradleak.labels.verdict import LabelResult
+from gradleak.softlabels import MIXED, Family
+
+_LARGEST_SUPPORT = 2
+_METHOD = "subspace"
+
+Progress = Callable[[int, int], None]
+
+
+def recover_batch(
+    grad_weight: Tensor,
+    weight: Tensor,
+    *,
+    rank: Rank,
+    bias: Tensor | None = None,
+    grad_bias: Tensor | None = None,
+    options: LabelOptions | None = None,
+    progress: Progress | None = None,
+) -> LabelResult:
+    """Recover the soft labels and the head's input features of a batch.
+
+    ``grad_weight`` and ``weight`` are (C, D), ``bias`` and ``grad_bias`` (C,) or None, ``rank``
+    that of the gradient. Samples are found one by one in the gradient's subspace and polished
+    together; the residual of the gradient re-simulated from them is the certificate. Where none is
+    found, the loss may have been scaled, or summed; a scale that several samples agree on is taken
+    for it. ``progress`` is told how many samples are found, and of how many.
+    """
+    options = LabelOptions() if options is None else options
+    samples = options.samples(rank.rank)
+    rank = replace(rank, rank=min(rank.rank, samples))
+    with torch.inference_mode():
+        whole = subspace_of(
+            grad_weight,
+            weight,
+            bias,
+            None if options.method == "scale" else grad_bias,
+            rank=rank,
+            samples=samples,
+        )
+        families = [family for family in options.families if family.support <= _LARGEST_SUPPORT]
+        dice = torch.Generator(device=grad_weight.device).manual_seed(options.seed)
+        whole, found = _first_round(whole, families, dice)
+        more = range(1, ROUNDS)
+        found = find_samples(whole, families, dice, progress, found=found, rounds=more)
+        found = simplify(whole, found, families)
+        answer = _laid_out(whole, found) if found else None
+        if answer is None or len(answer[0]) < whole.size:
+            jointly = solve_jointly(whole, families, dice, progress)
+            answer = answer if jointly is None else prune(whole, *jointly)
+        result = _result(grad_weight, whole, answer, rank)
+    if result.labels is None or result.features is None:
+        return result
+    # A clone made outside is an ordinary tensor again, which may take part in autograd.
+    return replace(result, labels=result.labels.clone(), features=result.features.clone())
+
+
+def _first_round(
+    whole: Subspace, families: Sequence[Family], dice: torch.Generator
+) -> tuple[Subspace, list[Found]]:
+    """Return what one round of the search finds, and the subspace with the M under which it does.
+
+    M is that of the mean of the losses if there are samples then; the next guess is the sum, and
+    then whatever several samples agree on.
+    """
+    for mass in (whole.mass, 1.0):
+        guess = replace(whole, mass=mass)
+        found = find_samples(guess, families, dice, rounds=range(1))
+        if found:
+            return guess, found
+    agreed = find_mass(whole, families, dice)
+    if agreed is None:
+        return whole, []
+    whole = replace(whole, mass=agreed)
+    return whole, find_samples(whole, families, dice, rounds=range(1))
+
+
+def _laid_out(whole: Subspace, found: Sequence[Found]) -> tuple[Tensor, Labels]:
+    supports = [support for f in found for support in f.roots.classes]
+    weights = [weight for f in found for weight in f.roots.weights]
+    base = torch.tensor([f.family.base for f in found for _ in f.roots.a])
+    labels = labels_of(whole.classes, supports, weights, base)
+    return torch.cat([f.roots.a for f in found]), labels
+
+
+def _result(
+    grad_weight: Tensor, whole: Subspace, answer: tuple[Tensor, Labels] | None, rank: Rank
+) -> LabelResult:
+    """Polish all samples together (of an incomplete batch, leave those found) and judge them."""
+    if answer is None:
+        verdict, reason = incomplete(whole, 0)
+        return LabelResult(
+            verdict, reason, _METHOD, None, whole.samples, rank=rank.rank, noise=rank.noise
+        )
+    count = len(answer[0])
+    solved = polish(whole, *answer, steps=STEPS if count == whole.size else 0)
+    samples = describe(whole, solved)
+    order = sorted(range(count), key=lambda k: (samples[k].classes[0], -samples[k].weights[0]))
+    samples = [samples[k] for k in order]
+    labels, deltas = solved.labels.dense()[order], solved.deltas[order]
+    features = (solved.a @ whole.right.T)[order]
+    verdict, reason = judge(whole, solved, samples)
+    names = {sample.family for sample in samples}
+    return LabelResult(
+        verdict=verdict,
+        reason=reason + _of_the_loss(whole),
+        method=_METHOD,
+        family=names.pop() if len(names) == 1 else MIXED,
+        batch_size=whole.samples,
+        samples=tuple(samples),
+        labels=labels.cpu(),
+        features=features,
+        residual=residual_of(grad_weight, deltas, features, whole.mass),
+        rank=rank.rank,
+        noise=rank.noise,
+    )
+
+
+def _of_the_loss(whole: Subspace) -> str:
+    """Say what is known of a loss that is not the mean."""
+    scale = whole.samples / whole.mass
+    if abs(scale - 1.0) < 1e-9:
+        return ""
+    summed = " (the sum instead of the mean)" if abs(scale / whole.samples - 1.0) < 1e-3 else ""
+    return f"; the loss was scaled by {scale:.6g}{summed}"
