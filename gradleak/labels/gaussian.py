@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
-_CG_STEPS, _CG_TOLERANCE = 200, 1e-5
+_CG_STEPS, _CG_TOLERANCE = 200, 1e-6
 _TINY, _DAMPING = 1e-300, 1e-12
 
 
