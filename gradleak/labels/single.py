@@ -275,7 +275,8 @@ def _likeliest(
         singles.problem.noise,
     )
     if task.loss_scale is None:
-        return solve_unknown_scale(seen, singles.problem.unit, task.families)
+        exact = (singles.problem.noise == 0.0).tolist()
+        return solve_unknown_scale(seen, singles.problem.unit, exact, task.families)
     return solve_under_noise(seen, singles.problem.unit, task.families)
 
 
