@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from gradleak.bundle import Bundle
 from gradleak.cli.app import app
-from gradleak.errors import GradleakError, UsageError
+from gradleak.errors import GradleakError, InputError, UsageError
 from gradleak.labels.gaussian import Model, Observation, linearise
 from gradleak.labels.likelihood import maximise
 from gradleak.labels.single import recover_single, recover_singles
@@ -195,14 +195,16 @@ def test_little_noise_leaves_label_and_family(family: str, biased: bool) -> None
 
 def test_a_family_within_four_standard_errors_is_an_alternative() -> None:
     near = 0
-    for seed in range(40):
-        draw = Noisy("smooth", std=5e-2, seed=seed)
+    for seed in range(24):
+        draw = Noisy("smooth", std=0.1, seed=seed)
         result = draw.attack(families=families("hard") + families("smooth"))
         sample = result.samples[0]
-        if sample.family == "smooth" and sample.base < 3.0 * sample.base_error:
+        named = {sample.family, *(other.family for other in result.alternatives)}
+        assert "smooth" in named
+        if sample.family == "hard" or sample.base < 3.0 * sample.base_error:
             near += 1
-            assert result.verdict == "ambiguous"
-            assert "hard" in {other.family for other in result.alternatives}
+            assert (result.verdict, named) == ("ambiguous", {"hard", "smooth"})
+            assert "family" in result.reason
     assert near >= 5
 
 
@@ -285,10 +287,9 @@ def test_a_noise_of_zero_is_none() -> None:
     clean = Noisy(std=0.0)
     told, found = clean.attack(noise_std=0.0), clean.attack()
     assert (told.samples, told.verdict) == (found.samples, found.verdict)
-    # What is not of rank one is several samples then.
-    noisy = Noisy(std=1e-2).attack(noise_std=0.0)
-    assert noisy.rank is not None
-    assert noisy.rank > 1
+    # Noise, were there none, would be no softmax cross-entropy gradient: its columns have a sum.
+    with pytest.raises(InputError, match="columns of the head gradient sum to"):
+        Noisy(std=1e-2).attack(noise_std=0.0)
 
 
 def test_a_declared_noise_on_a_clean_gradient_counts() -> None:
@@ -301,7 +302,7 @@ def test_a_declared_noise_on_a_clean_gradient_counts() -> None:
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("factor", [1e-2, 1.0, 8.0, 65536.0])
+@pytest.mark.parametrize("factor", [1e-2, 8.0, 65536.0])
 @pytest.mark.parametrize("family", list(LABELS))
 def test_an_unknown_loss_scale_is_recovered(family: str, factor: float, biased: bool) -> None:
     draw = Noisy(family, std=0.0, factor=factor)
