@@ -116,19 +116,7 @@ def refine(problem: ScaleProblem, candidates: Tensor, table: FamilyTable) -> Fit
     Two steps with equal weights pick the most promising of each family; these go through the
     weighted descent and are described.
     """
-    scale = candidates
-    for kept in (_PROMISING, _SURVIVORS):
-        flat, family = _flatten(scale)
-        now = _residual(problem, flat, _Choice.of(table, family, scale.dtype), weighted=False)
-        outlook = (now.promise + _DOUBT * now.objective).view(scale.shape)
-        outlook, order = outlook.sort(-1)
-        scale = (flat * now.step.exp()).view(scale.shape).gather(-1, order)
-        # Two candidates that met at the same scale are one.
-        same = (scale[..., 1:] / scale[..., :-1] - 1.0).abs() < _SAME_SCALE
-        outlook[..., 1:].masked_fill_(same, math.inf)
-        best = outlook.topk(min(kept, scale.shape[-1]), -1, largest=False).indices
-        scale = scale.gather(-1, best)
-    flat, family = _flatten(scale)
+    flat, family = _flatten(candidates)
     fits, point = _descend(problem, flat, family, table)
     quality = torch.where(fits.feasible, fits.chi2 / fits.freedom.clamp(min=1), math.inf)
     winner = quality.argmin(-1, keepdim=True)
@@ -139,9 +127,9 @@ def refine(problem: ScaleProblem, candidates: Tensor, table: FamilyTable) -> Fit
         return fits
     # A label at the edge of what a larger family allows is one of many if that family is flat
     # there: ask every family just inside.
-    nearby = 1.0 + scale.new_tensor(_NEARBY)
+    nearby = 1.0 + answer.new_tensor(_NEARBY)
     count = len(table.support)
-    more = torch.arange(count, device=scale.device).repeat_interleave(len(_NEARBY))
+    more = torch.arange(count, device=answer.device).repeat_interleave(len(_NEARBY))
     around = (answer[index] * nearby).repeat(1, count)
     return _joined(
         fits, describe(problem.part(index), around, more, table, scale_known=False), index
