@@ -160,8 +160,11 @@ def find_candidates(problem: ScaleProblem, table: FamilyTable) -> Tensor:
             done += len(run)
     scale, promise = found.view(2, -1, len(first), 2, found.shape[-1]).transpose(1, 2)
     scale[..., 1, :] *= -1.0
-    best = promise.flatten(2).topk(_CANDIDATES, -1, largest=False).indices
-    return scale.flatten(2).gather(-1, best)
+    lowest, best = promise.flatten(2).topk(_CANDIDATES, -1, largest=False)
+    # Where there are fewer minima, the lowest stands in.
+    best = torch.where(lowest < math.inf, best, best[..., :1])
+    chosen: Tensor = scale.flatten(2).gather(-1, best)
+    return chosen
 
 
 class _Window(NamedTuple):
@@ -188,8 +191,6 @@ def _minima(rows: _Rows, window: _Window, length: int, table: FamilyTable) -> Te
     falls = (inner <= curves[..., :-2]) & (inner <= curves[..., 2:])
     depth = inner.masked_fill(~falls, math.inf)
     lowest, best = depth.topk(_KEEP, -1, largest=False)
-    # Where there are fewer minima, the lowest stands in.
-    best = torch.where(lowest < math.inf, best, best[..., :1])
     # The parabola through a minimum and its neighbours says where it is between the points.
     around = best[..., None] + torch.arange(3, device=best.device)
     left, middle, right = _taken(curves, around).unbind(-1)
@@ -197,7 +198,9 @@ def _minima(rows: _Rows, window: _Window, length: int, table: FamilyTable) -> Te
     shift = (0.5 * (left - right) / bend).clamp(-0.5, 0.5)
     bottom = (middle - 0.25 * (left - right) * shift).clamp(min=0.0)
     low, centre, high = _taken(scale.expand_as(curves), around).unbind(-1)
-    return torch.stack([centre + 0.5 * shift * (high - low), bottom + _DOUBT * middle])
+    # Where there are fewer minima than places there is nothing to promise.
+    promise = torch.where(lowest < math.inf, bottom + _DOUBT * middle, lowest)
+    return torch.stack([centre + 0.5 * shift * (high - low), promise])
 
 
 def _taken(values: Tensor, index: Tensor) -> Tensor:
