@@ -266,13 +266,12 @@ def _descend(
     best, lowest = scale, torch.full_like(scale, math.inf)
     for left in range(_STEPS, -1, -1):
         now = _residual(problem, scale, choice, weighted=True)
-        worse = now.objective > lowest
-        best = torch.where(worse, best, scale)
-        lowest = torch.where(worse, lowest, now.objective)
-        gain = now.objective - now.promise
-        near = now.promise < hopeless
-        open_ended = (gain > _GAIN) & (near | (now.promise < _FALLS * now.objective))
-        if not left or not bool(open_ended.any()):
+        best = torch.where(now.objective > lowest, best, scale)
+        lowest = torch.fmin(now.objective, lowest)
+        # A family without an equation left has no numbers here, and is never worth a step.
+        worth = now.promise < (_FALLS * now.objective).clamp_(min=hopeless)
+        worth &= now.objective - now.promise > _GAIN
+        if not left or not bool(worth.any()):
             break
         moved = (moved + now.step).clamp(-_FARTHEST, _FARTHEST)
         scale = start * moved.exp()
