@@ -116,19 +116,7 @@ def refine(problem: ScaleProblem, candidates: Tensor, table: FamilyTable) -> Fit
     Two steps with equal weights pick the most promising of each family; these go through the
     weighted descent and are described.
     """
-    scale = candidates
-    for kept in (_PROMISING, _SURVIVORS):
-        flat, family = _flatten(scale)
-        now = _residual(problem, flat, _Choice.of(table, family, scale.dtype), weighted=False)
-        outlook = (now.promise + _DOUBT * now.objective).view(scale.shape)
-        outlook, order = outlook.sort(-1)
-        scale = (flat * now.step.exp()).view(scale.shape).gather(-1, order)
-        # Two candidates that met at the same scale are one.
-        same = (scale[..., 1:] / scale[..., :-1] - 1.0).abs() < _SAME_SCALE
-        outlook[..., 1:].masked_fill_(same, math.inf)
-        best = outlook.topk(min(kept, scale.shape[-1]), -1, largest=False).indices
-        scale = scale.gather(-1, best)
-    flat, family = _flatten(scale)
+    flat, family = _flatten(candidates)
     fits, point = _descend(problem, flat, family, table)
     quality = torch.where(fits.feasible, fits.chi2 / fits.freedom.clamp(min=1), math.inf)
     winner = quality.argmin(-1, keepdim=True)
@@ -139,9 +127,9 @@ def refine(problem: ScaleProblem, candidates: Tensor, table: FamilyTable) -> Fit
         return fits
     # A label at the edge of what a larger family allows is one of many if that family is flat
     # there: ask every family just inside.
-    nearby = 1.0 + scale.new_tensor(_NEARBY)
+    nearby = 1.0 + answer.new_tensor(_NEARBY)
     count = len(table.support)
-    more = torch.arange(count, device=scale.device).repeat_interleave(len(_NEARBY))
+    more = torch.arange(count, device=answer.device).repeat_interleave(len(_NEARBY))
     around = (answer[index] * nearby).repeat(1, count)
     return _joined(
         fits, describe(problem.part(index), around, more, table, scale_known=False), index
@@ -278,13 +266,12 @@ def _descend(
     best, lowest = scale, torch.full_like(scale, math.inf)
     for left in range(_STEPS, -1, -1):
         now = _residual(problem, scale, choice, weighted=True)
-        worse = now.objective > lowest
-        best = torch.where(worse, best, scale)
-        lowest = torch.where(worse, lowest, now.objective)
-        gain = now.objective - now.promise
-        near = now.promise < hopeless
-        open_ended = (gain > _GAIN) & (near | (now.promise < _FALLS * now.objective))
-        if not left or not bool(open_ended.any()):
+        best = torch.where(now.objective > lowest, best, scale)
+        lowest = torch.fmin(now.objective, lowest)
+        # A family without an equation left has no numbers here, and is never worth a step.
+        worth = now.promise < (_FALLS * now.objective).clamp_(min=hopeless)
+        worth &= now.objective - now.promise > _GAIN
+        if not left or not bool(worth.any()):
             break
         moved = (moved + now.step).clamp(-_FARTHEST, _FARTHEST)
         scale = start * moved.exp()
