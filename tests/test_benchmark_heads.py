@@ -122,3 +122,24 @@ def test_too_few_classes_and_a_zero_gradient_determine_nothing() -> None:
     label = soft_label([(1, 1.0)], 4)
     zero = torch.zeros_like(weight)
     assert judge(Truth.of(zero, x, label, weight, None), "hard").reason == "the gradient is zero"
+
+
+@pytest.mark.parametrize("seed", [25, 72, 206])
+def test_a_root_beside_a_false_minimum_of_its_own_family_is_found(seed: int) -> None:
+    """Two classes share the softmax; the label's small weight on one of them looks like either."""
+    weight, bias, x = random_head(17, 16.0, seed), torch.zeros(17), real_feature()
+    unit = x / x.square().sum()
+    order = (weight @ x).argsort(descending=True)
+    first, second, other = order[0], order[1], int(order[5])
+    weight[second] = weight[first].roll(1)
+    logits = weight @ x
+    weight[second] += (logits[first] - logits[second] - 0.3) * unit
+    bias[first] = 6.0
+    weight[first] -= 6.0 * unit
+    label = soft_label([(other, 0.996), (int(second), 0.004)], 17, 0.08)
+    gradient, judgement = judged(weight, "mixup+smooth", label, bias)
+    assert judgement.identifiable, judgement
+    found = recover_single(gradient, weight, bias=bias)
+    assert (found.verdict, found.family) == ("unique", "mixup+smooth")
+    assert found.labels is not None
+    assert (found.labels[0] - label).abs().max() <= 1e-5
