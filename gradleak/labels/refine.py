@@ -276,9 +276,7 @@ def _log_choices(classes: int, support: Tensor) -> Tensor:
     return torch.lgamma(c) - torch.lgamma(k) - torch.lgamma(c - support)
 
 
-def _descend(
-    problem: ScaleProblem, scale: Tensor, family: Tensor, table: FamilyTable
-) -> Fits:
+def _descend(problem: ScaleProblem, scale: Tensor, family: Tensor, table: FamilyTable) -> Fits:
     """Gauss–Newton in log|s| with inverse variances; the best point met is described.
 
     A problem is done when none of its candidates (B, M) that may still fit gains by another step;
