@@ -187,12 +187,13 @@ def _minima(rows: _Rows, window: _Window, length: int, table: FamilyTable) -> Te
     The promise is what ρ may fall to between the points of the grid, the lower the better.
     """
     points = len(window.grid)
-    begin = window.begin.clamp(max=points - length)
-    index = begin[:, None] + torch.arange(length, device=begin.device)
-    scale = window.grid[index] / window.reach[:, None]
+    index = window.begin[:, None] + torch.arange(length, device=window.begin.device)
+    scale = window.grid[index.clamp(max=points - 1)] / window.reach[:, None]
     run = max(1, _run(scale) // rows.a.numel())
     parts: tuple[Tensor, ...] = torch.split(scale, run, 1)
     curves = torch.cat([_curves(rows, part, table) for part in parts], -1)
+    # A shorter window goes on as far as the grid does; nan is no minimum, nor a neighbour of one.
+    curves.masked_fill_(index >= points, math.nan)
     inner = curves[..., 1:-1]
     falls = (inner <= curves[..., :-2]) & (inner <= curves[..., 2:])
     depth = inner.masked_fill(~falls, math.inf)
