@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from gradleak.bundle import Bundle
+    from gradleak.labels.counts import ClassCounts
     from gradleak.labels.verdict import SampleLabel
     from gradleak.stages.label import LabelOutcome
 
@@ -53,6 +54,7 @@ _NOTHING: dict[str, object] = {
     "loss_scale": None,
     "alternatives": [],
     "intervals": [],
+    "counts": None,
     "plot": None,
     "head": None,
     "device": None,
@@ -240,6 +242,8 @@ def _report(source: str, outcome: LabelOutcome, plot: str | None) -> Report:
     rows += [
         ("", f"valid for every scale in [{i.low:.4g}, {i.high:.4g}]") for i in result.intervals
     ]
+    if result.counts is not None:
+        rows.append(("hard labels", _estimate(result.counts)))
     rows += [
         ("method", result.method),
         ("head", outcome.head),
@@ -267,6 +271,7 @@ def _report(source: str, outcome: LabelOutcome, plot: str | None) -> Report:
         "column_sums": result.column_sums,
         "alternatives": [_sample(sample) for sample in result.alternatives],
         "intervals": [[i.low, i.high] for i in result.intervals],
+        "counts": None if result.counts is None else _counts(result.counts),
         "plot": plot,
         "head": outcome.head,
         "device": outcome.device,
@@ -294,6 +299,27 @@ def _line(sample: SampleLabel) -> str:
     """Describe one sample of a batch in a line."""
     base = f", others {sample.base:.4g}" if sample.base > 0 else ""
     return f"{sample.family}: {_brief(sample)}{base} (± {number(sample.uncertainty(), 1)})"
+
+
+def _estimate(counts: ClassCounts) -> str:
+    """Say how many samples of a batch seem to be of each class, and what that is worth."""
+    present = [(k, n) for k, n in enumerate(counts.counts.tolist()) if n]
+    shown = ", ".join(f"{n} of class {k}" for k, n in sorted(present, key=lambda x: -x[1])[:_SHOWN])
+    more = ", …" if len(present) > _SHOWN else ""
+    worth = "consistent" if counts.consistent else "not consistent"
+    return f"estimate: {shown}{more} ({worth}: {counts.reason})"
+
+
+def _counts(counts: ClassCounts) -> dict[str, object]:
+    return {
+        "counts": counts.counts.tolist(),
+        "fractions": counts.fractions.tolist(),
+        "residual": counts.residual,
+        "disagreement": counts.disagreement,
+        "confidence": counts.confidence,
+        "consistent": counts.consistent,
+        "reason": counts.reason,
+    }
 
 
 def _brief(sample: SampleLabel) -> str:

@@ -170,8 +170,11 @@ def ranks_of(gradient: Tensor, leading: RankOne, *, noise_std: float | None = No
 
 
 def as_one_sample(rank: Rank, leading: RankOne, index: int) -> Rank:
-    """Return the rank of a gradient known to be of one sample: what is beyond it is noise."""
-    if rank.rank <= 1:
+    """Return the rank of a noisy gradient known to be of one sample: what is beyond it is noise.
+
+    Without noise a second singular value is a second sample, whatever is said.
+    """
+    if rank.rank <= 1 or not rank.noisy:
         return rank
     size = math.sqrt(leading.u.shape[1] * leading.v.shape[1])
     norm = float(leading.sigma[index])

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gradleak.labels.counts import ClassCounts
+
 Verdict = Literal["unique", "ambiguous", "unidentifiable", "failed"]
 
 
@@ -78,7 +80,8 @@ class LabelResult:
     residual of the re-simulated head gradient, ``noise`` the estimated standard deviation of the
     noise on one gradient entry; ``rank`` that of the head gradient, which is the number of samples;
     ``column_sums`` how far its columns are, relative, from summing to zero. ``intervals`` bound the
-    scale where it is not determined.
+    scale where it is not determined. ``counts`` estimates how many samples are of each class, if
+    their labels are hard, where a batch is not recovered whole.
     """
 
     verdict: Verdict
@@ -95,4 +98,5 @@ class LabelResult:
     column_sums: float | None = None
     alternatives: tuple[SampleLabel, ...] = ()
     intervals: tuple[Interval, ...] = ()
+    counts: ClassCounts | None = None
     seconds: float = field(default=0.0, compare=False)

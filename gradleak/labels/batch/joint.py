@@ -23,7 +23,7 @@ from gradleak.labels.batch.subspace import Subspace
 from gradleak.softlabels import Family
 
 # Equations (C·n) and assignments of a problem small enough to be searched like this.
-_LARGEST, _MOST_SETS = 400, 1 << 20
+_LARGEST, _MOST_SETS, _CLASSES_EACH = 400, 1 << 20, 4
 _ASSIGNMENTS, _AT_ONCE, _STARTS = 1024, 64, 2
 # Rounds of random starts for pairs, the revisions of the supports in each, and steps between them.
 _PAIR_ROUNDS, _PAIR_STARTS, _REVISIONS, _BETWEEN = 20, 100, 12, 6
@@ -43,14 +43,16 @@ def solve_jointly(
     All labels are taken to be of one of the ``families``, which must leave more equations than
     unknowns. ``progress`` is told how many rounds of the search are done, and of how many.
     """
-    if whole.size != whole.samples or whole.classes * whole.size > _LARGEST:
+    # With many more classes than samples the search sample by sample has had its chance.
+    few = whole.classes <= _CLASSES_EACH * whole.samples
+    if whole.size != whole.samples or not few or whole.classes * whole.size > _LARGEST:
         return None
     able = [family for family in families if spare_equations(whole, family) > 0]
     alone = [family for family in able if family.support == 1]
     pairs = [family for family in able if family.support == 2]
     sets = _assignments(whole)[:_ASSIGNMENTS] if alone else whole.left.new_zeros(0)
-    parts = torch.split(sets, _AT_ONCE)
-    rounds = len(parts) * bool(alone) + _PAIR_ROUNDS * bool(pairs)
+    parts = torch.split(sets, _AT_ONCE) if len(sets) else ()
+    rounds = len(parts) + _PAIR_ROUNDS * bool(pairs)
     for done in range(rounds):
         if progress is not None:
             progress(done, rounds)

@@ -14,6 +14,7 @@ from gradleak.labels.batch.polish import STEPS, Labels, labels_of, polish
 from gradleak.labels.batch.samples import ROUNDS, Found, find_mass, find_samples
 from gradleak.labels.batch.simplify import prune, simplify
 from gradleak.labels.batch.subspace import Subspace, subspace_of
+from gradleak.labels.counts import count_labels
 from gradleak.labels.factorise import Rank
 from gradleak.labels.options import LabelOptions
 from gradleak.labels.verdict import LabelResult
@@ -21,6 +22,8 @@ from gradleak.softlabels import MIXED, Family
 
 _LARGEST_SUPPORT = 2
 _METHOD = "subspace"
+# A mass this near the expected one, relative, is that.
+_SAME_MASS = 1e-2
 
 Progress = Callable[[int, int], None]
 
@@ -67,6 +70,8 @@ def recover_batch(
             jointly = solve_jointly(whole, families, dice, progress)
             answer = answer if jointly is None else prune(whole, *jointly)
         result = _result(grad_weight, whole, answer, rank)
+    if result.verdict in ("failed", "unidentifiable"):
+        result = replace(result, counts=count_labels(grad_weight, weight, bias, grad_bias, samples))
     if result.labels is None or result.features is None:
         return result
     # A clone made outside is an ordinary tensor again, which may take part in autograd.
@@ -87,7 +92,7 @@ def _first_round(
         if found:
             return guess, found
     agreed = find_mass(whole, families, dice)
-    if agreed is None:
+    if agreed is None or abs(agreed / whole.mass - 1.0) < _SAME_MASS:
         return whole, []
     whole = replace(whole, mass=agreed)
     return whole, find_samples(whole, families, dice, rounds=range(1))

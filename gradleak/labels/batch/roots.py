@@ -20,9 +20,10 @@ from torch import Tensor
 from gradleak.labels.batch.subspace import Subspace
 
 _TINY = 1e-300
-_RIDGE = 1e-12
+_RIDGE = 1e-15
 _MEMBERSHIP = 0.3
-_CONVERGED, _STUCK = 1e-26, 1e9
+# ‖r‖²/‖c‖² in squared roundings at which a descent has arrived, and the damping that ends it.
+_CONVERGED, _STUCK = 1e-4, 1e9
 # A descent that gains less than this factor in so many steps has arrived, or no root before it.
 _PATIENCE, _GAIN = 6, 0.5
 
@@ -107,7 +108,7 @@ class Equations:
                 **{k: _where(better, v, getattr(state, k)) for k, v in vars(trial).items()}
             )
             damping = torch.where(better, damping * 0.3, damping * 5.0)
-            done = (state.objective < _CONVERGED) | (damping > _STUCK)
+            done = (state.objective < _CONVERGED * self.subspace.unit**2) | (damping > _STUCK)
             if step % _PATIENCE == 0:
                 done |= state.objective > _GAIN * before
                 before = state.objective

@@ -28,6 +28,8 @@ _BLUR, _BLURRED = 128.0, 1e-3
 _SIGMAS = 8.0
 _MEMBER = 1e-3
 _DISTINCT = 1e-2
+# A descent leaves this of p, however precise the gradient; the joint polish goes further.
+_SOLVED = 1e-12
 # Ends of a descent this near each other, relative, have met.
 _SAME = 1e-3
 # Rounding of a float32 softmax cross-entropy, in units of the roundoff.
@@ -183,7 +185,7 @@ def excess_of(whole: Subspace, roots: Roots) -> Tensor:
     """
     noise = whole.noise**2 * (roots.c / whole.values).square().sum(1) * whole.classes
     size = whole.probabilities(roots.a).square().sum(1) + roots.c.square().sum(1)
-    rounding = rounding_of(whole, roots.a).square() * size
+    rounding = rounding_of(whole, roots.a).clamp(min=_SOLVED).square() * size
     return roots.misfit * roots.c.square().sum(1) / (noise + rounding)
 
 

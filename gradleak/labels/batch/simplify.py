@@ -17,6 +17,8 @@ from gradleak.softlabels import Family
 _STEPS = 12
 # What a parameter must earn in ln p, in units of ln C, to be kept under noise (BIC).
 _PENALTY = 1.5
+# How far aᵀS⁻¹c / M of a sample with its former self may be from one.
+_STILL = 0.1
 # A parameter of this size, or of so many of its standard errors, is zero if the misfit stays.
 _ZERO, _ERRORS, _WORSE = 1e-6, 5.0, 2.0
 
@@ -37,7 +39,7 @@ def simplify(whole: Subspace, found: Sequence[Found], families: Sequence[Family]
             if family == one.family or not _contains(one.family, family):
                 continue
             trial = _within(whole, rest, family)
-            fits = belongs(whole, trial)
+            fits = belongs(whole, trial) & _same(whole, trial, rest)
             if whole.noisy:
                 fits &= _cheap(whole, trial, excess, one.family.parameters - family.parameters)
             if bool(fits.any()):
@@ -84,6 +86,12 @@ def _within(whole: Subspace, roots: Roots, family: Family) -> Roots:
     """Solve again from ``roots`` with the classes of largest weight that ``family`` has."""
     top = roots.weights.topk(family.support, 1).indices
     return Equations(whole, family.base).descend(roots.a, roots.classes.gather(1, top), _STEPS)
+
+
+def _same(whole: Subspace, trial: Roots, roots: Roots) -> Tensor:
+    """Return (K,) whether each trial is still the sample it started from, and not another one."""
+    share = (trial.a / whole.values * roots.c).sum(1) / whole.mass
+    return (share - 1.0).abs() < _STILL
 
 
 def _cheap(whole: Subspace, trial: Roots, excess: Tensor, fewer: int) -> Tensor:
