@@ -196,5 +196,6 @@ def test_the_bundle_keeps_the_label_and_its_record_keeps_no_answer() -> None:
     assert (record["stage"], record["verdict"]) == ("recover-label", "unique")
     known = {"stage", "arguments", "seed", "device", "seconds", "verdict", "version"}
     assert set(record) == known
-    told = {"family": "auto", "method": "auto", "noise_std": None, "loss_scale": None, "head": "fc"}
+    told = dict.fromkeys(("batch_size", "noise_std", "loss_scale"))
+    told = {"family": "auto", "method": "auto", **told, "head": "fc"}
     assert json.dumps(record["arguments"]) == json.dumps(told)
