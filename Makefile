@@ -37,6 +37,9 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/matching.py
 	$(BIN)/python benchmarks/labels_single.py
 	$(BIN)/python benchmarks/labels_trained.py
+	$(BIN)/python benchmarks/label_counts.py
+	$(BIN)/python benchmarks/labels_noise.py
+	$(BIN)/python benchmarks/labels_batch.py
 
 docs: $(VENV)/ready
 	$(BIN)/python docs/generate_cli.py

@@ -224,9 +224,9 @@ def main() -> None:
     """Run the table; ``--draws`` batches a cell."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draws", type=int, default=20, help="batches a cell (default 20)")
-    parser.add_argument("--small", type=int, default=5, help="batches a cell at C = 10")
+    parser.add_argument("--small", type=int, default=4, help="batches a cell at C = 10")
     parser.add_argument("--samples", type=int, nargs="+", default=SAMPLES, help="N of the table")
-    parser.add_argument("--bank", type=int, default=640, help="photograph crops in the bank")
+    parser.add_argument("--bank", type=int, default=320, help="photograph crops in the bank")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--minutes", type=float, default=170.0, help="stop after so many")
     chosen = parser.parse_args()

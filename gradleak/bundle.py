@@ -92,8 +92,12 @@ class Bundle:
         value = self._json("batch_size")
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
-    def require_softmax_loss(self) -> None:
-        """Raise :class:`InputError` if the metadata name a loss that no attack here applies to."""
+    def require_softmax_loss(self, *, scaled: bool = False) -> None:
+        """Raise :class:`InputError` if the metadata name a loss that no attack here applies to.
+
+        A loss that was multiplied by a factor is one, unless the caller knows what to do with
+        ``scaled`` gradients.
+        """
         loss = self._json("loss")
         if not isinstance(loss, dict):
             return
@@ -103,9 +107,11 @@ class Bundle:
                 f"the bundle's loss is {name!r}, and the attacks are on softmax cross-entropy",
                 "capture with cross-entropy",
             )
-        if scale != 1.0:
+        if scale != 1.0 and not scaled:
+            by = "an unknown factor" if scale is None else scale
             raise InputError(
-                f"the bundle's loss was scaled by {scale}", "divide the gradients by it, scale 1"
+                f"the bundle's loss was scaled by {by}",
+                "divide the gradients by it, scale 1; or recover-label --loss-scale",
             )
 
     @property

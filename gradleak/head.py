@@ -35,14 +35,16 @@ def read_head(
     name: str | None = None,
     weights: Path | str | None = None,
     device: torch.device | str = "cpu",
+    scaled: bool = False,
 ) -> Head:
     """Find the head and read its tensors onto ``device``.
 
     ``name`` overrides the search; ``weights`` is a file of model weights for a bundle without its
-    own. Raises :class:`InputError` when no or several candidates are found, or shapes disagree, and
-    :class:`IncompleteError` when its gradient or weights are missing.
+    own; ``scaled`` accepts a scaled loss. Raises :class:`InputError` when no or several candidates
+    are found, or shapes disagree, and :class:`IncompleteError` when its gradient or weights are
+    missing.
     """
-    bundle.require_softmax_loss()
+    bundle.require_softmax_loss(scaled=scaled)
     layer = name if name is not None else find_head(bundle)
     weight_name, bias_name = parameter_name(layer, "weight"), parameter_name(layer, "bias")
     if GRAD + weight_name not in bundle:

@@ -27,15 +27,12 @@ def effective_precisions(batch: Tensor) -> Tensor:
     own = precision(batch.dtype)
     units = torch.full((len(batch),), own, dtype=torch.float64, device=batch.device)
     flat = batch.flatten(1)
-    sample = flat[:, :_SAMPLE]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        if precision(dtype) <= own:
-            continue
-        held = _holds(dtype, sample)
-        # Nearly every gradient fails on the sample; the few others are looked at whole.
-        if bool(held.any()):
-            whole = _holds(dtype, flat if bool(held.all()) else flat[held])
-            units[held] = torch.where(whole, precision(dtype), units[held])
+        # Nearly every gradient fails on a sample; the few others are looked at whole.
+        if precision(dtype) > own and any(held := _holds(dtype, flat[:, :_SAMPLE]).tolist()):
+            rows = torch.tensor([b for b, may in enumerate(held) if may], device=batch.device)
+            whole = _holds(dtype, flat if all(held) else flat[rows])
+            units[rows[whole]] = precision(dtype)
     return units
 
 
@@ -52,6 +49,20 @@ def row_blocks(matrix: Tensor, values: int = _BLOCK) -> Iterator[slice]:
         yield slice(start, min(rows, start + step))
 
 
+def wide_blocks(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield row slices of ``matrix`` (..., R, K) and those rows in float64.
+
+    All of them are in the same memory, which the next one overwrites: fresh memory for each would
+    cost more than the arithmetic.
+    """
+    room: Tensor | None = None
+    for rows in row_blocks(matrix):
+        part = matrix[..., rows, :]
+        if room is None or room.shape != part.shape:
+            room = torch.empty(part.shape, dtype=torch.float64, device=part.device)
+        yield rows, room.copy_(part)
+
+
 def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
     """Return ``matrix @ vector`` for (..., R, K) and (..., K) as float64 (..., R)."""
     return matmul(matrix, vector[..., None]).squeeze(-1)
@@ -59,8 +70,7 @@ def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
 
 def matmul(matrix: Tensor, other: Tensor) -> Tensor:
     """Return ``matrix @ other`` for (..., R, K) and (..., K, M) as float64 (..., R, M)."""
-    parts = [matrix[..., rows, :].double() @ other for rows in row_blocks(matrix)]
-    return torch.cat(parts, -2)
+    return torch.cat([block @ other for _, block in wide_blocks(matrix)], -2)
 
 
 def rmatvec(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ _NOTHING: dict[str, object] = {
     "samples": [],
     "residual": None,
     "noise": None,
+    "loss_scale": None,
     "alternatives": [],
     "intervals": [],
     "plot": None,
@@ -88,11 +89,32 @@ def command(
             rich_help_panel=ATTACK,
         ),
     ] = None,
+    noise_std: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            metavar="STD",
+            help="Standard deviation of the noise on every entry of the gradient, in the "
+            "gradient's units, from 0; 0 is none. Default: estimated.",
+            show_default=False,
+            rich_help_panel=ATTACK,
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
             help="Number of samples, from 1. Default: the rank of the head's gradient, or what "
             "the bundle records if that is more.",
+            show_default=False,
+            rich_help_panel=ATTACK,
+        ),
+    ] = None,
+    loss_scale: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FACTOR",
+            help="What the loss was multiplied by, a positive number, or unknown: then it is "
+            "recovered with the label. Default: 1.",
             show_default=False,
             rich_help_panel=ATTACK,
         ),
@@ -138,6 +160,8 @@ def command(
             family=family,
             method=method,
             batch_size=batch_size,
+            noise_std=noise_std,
+            loss_scale=_factor(loss_scale),
             head=head,
             weights=weights,
             paper=paper,
@@ -185,6 +209,14 @@ def _draw(plot: str, source: str, weights: str | None, outcome: LabelOutcome) ->
     save_label_plot(plot, curves, outcome.result, printable(title))
 
 
+def _factor(text: str | None) -> float | str | None:
+    """Return the number that ``text`` is, or the text for the stage to judge."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
 def _report(source: str, outcome: LabelOutcome, plot: str | None) -> Report:
     result = outcome.result
     rows = [("verdict", f"{result.verdict}: {result.reason}")]
@@ -192,6 +224,9 @@ def _report(source: str, outcome: LabelOutcome, plot: str | None) -> Report:
         sample = result.samples[0]
         rows += [("family", sample.family), *_entries(sample)]
         rows.append(("scale", f"{sample.scale:.6g} ± {number(sample.scale_error, 2)}"))
+        if sample.loss_scale is not None:
+            found = f"{sample.loss_scale:.6g} ± {number(sample.loss_scale_error, 2)}"
+            rows.append(("loss scale", found))
     elif result.samples:
         rows.append(("samples", f"{len(result.samples)} of {result.batch_size}"))
         rows += [(f"sample {n}", _line(sample)) for n, sample in enumerate(result.samples)]
@@ -224,6 +259,7 @@ def _report(source: str, outcome: LabelOutcome, plot: str | None) -> Report:
         "samples": [_sample(sample) for sample in result.samples],
         "residual": result.residual,
         "noise": result.noise,
+        "loss_scale": _loss_scale(result.samples),
         "rank": result.rank,
         "column_sums": result.column_sums,
         "alternatives": [_sample(sample) for sample in result.alternatives],
@@ -260,6 +296,13 @@ def _line(sample: SampleLabel) -> str:
 def _brief(sample: SampleLabel) -> str:
     shown = list(zip(sample.classes, sample.weights, strict=True))[:3]
     return ", ".join(f"class {index} {weight:.4f}" for index, weight in shown)
+
+
+def _loss_scale(samples: tuple[SampleLabel, ...]) -> dict[str, object] | None:
+    """Return the recovered factor of the loss, None where it was given."""
+    if not samples or samples[0].loss_scale is None:
+        return None
+    return {"value": samples[0].loss_scale, "uncertainty": samples[0].loss_scale_error}
 
 
 def _sample(sample: SampleLabel) -> dict[str, object]:

@@ -45,7 +45,7 @@ def resimulate(
     labels = dense_labels([decision.answer for decision in decisions], problem.classes)
     scales = [1.0 if d.answer is None else d.answer.scale for d in decisions]
     scale = problem.sigma.new_tensor(scales)[:, None]
-    delta = problem.at(scale).p[:, 0] - labels.to(scale.device)
+    delta = problem.probabilities(scale)[:, 0] - labels.to(scale.device)
     # ‖G − δ xᵀ‖² splits along v: what the label misses of σ u, and what rank one misses of G.
     missed = problem.sigma[:, None] * problem.u - scale * delta
     along = torch.linalg.vector_norm(missed, dim=1) / problem.sigma

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gradleak.labels.fits import Fits
 from gradleak.labels.problem import FamilyTable, ScaleProblem
-from gradleak.labels.refine import Fits, log_evidence
+from gradleak.labels.refine import log_evidence
 from gradleak.labels.search import scale_grid
 from gradleak.labels.verdict import Interval, SampleLabel, Verdict
 from gradleak.softlabels import ARBITRARY, Family, family_name
@@ -59,7 +60,7 @@ def decide(
     for b, row in enumerate(_rows(problem, fits, evidence, inflation.sqrt())):
         decision = _choose(row, names, problem.classes, scale_known=scale_known)
         if decision is None:
-            decision = _without_family(problem, b, table, row.scale[0] if scale_known else None)
+            decision = without_family(problem, b, table, row.scale[0] if scale_known else None)
         elif decision.verdict == "unidentifiable":
             decision = replace(decision, intervals=simplex_intervals(problem, b))
         decisions.append(decision)
@@ -139,15 +140,7 @@ def _choose(
         open_ended = rival.uncertainty() * _SIGMAS > _DETERMINED
         if open_ended or answer.distance(rival, classes) > same:
             rivals.append(rival)
-    loose = [s for s in (answer, *rivals) if s.uncertainty() * _SIGMAS > _DETERMINED]
-    if loose and row.noisy:
-        return Decision(
-            "ambiguous",
-            f"the noise leaves the label open by ± {answer.uncertainty():.2g} (one standard error)",
-            answer,
-            tuple(rivals),
-        )
-    if loose:
+    if any(s.uncertainty() * _SIGMAS > _DETERMINED for s in (answer, *rivals)):
         return Decision(
             "unidentifiable",
             "the softmax is saturated: at this precision the gradient fits a whole interval of "
@@ -169,7 +162,7 @@ def _choose(
     return Decision("unique", reason, answer)
 
 
-def _without_family(
+def without_family(
     problem: ScaleProblem, index: int, table: FamilyTable, scale: float | None
 ) -> Decision:
     """No family explains the gradient: say what is still known; ``scale`` is its, if given."""
@@ -277,7 +270,6 @@ class _Row:
     base_error: list[float]
     scale_error: list[float]
     spread: float
-    noisy: bool
 
 
 def _rows(problem: ScaleProblem, fits: Fits, evidence: Tensor, spread: Tensor) -> list[_Row]:
@@ -292,7 +284,6 @@ def _rows(problem: ScaleProblem, fits: Fits, evidence: Tensor, spread: Tensor) -
         fits.base_error,
         fits.scale_error,
         spread,
-        problem.noise > 0.0,
     )
     return [_Row(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradleak.labels.sketch import leading_values, worthwhile
-from gradleak.linalg import effective_precisions, precision, row_blocks
+from gradleak.linalg import effective_precisions, precision, wide_blocks
 
 # A rank-one residual up to this many roundings is rounding, not noise and not a second sample.
 _ROUNDINGS = 16.0
@@ -90,12 +90,11 @@ def _project(gradient: Tensor, v: Tensor, unit: Tensor) -> RankOne:
     v = torch.where(v.sum(1, keepdim=True) < 0, -v, v)
     parts = []
     left = torch.zeros_like(v[:, 0])
-    for rows in row_blocks(gradient):
-        block = gradient[:, rows].double()
+    for _, block in wide_blocks(gradient):
         along = block @ v[:, :, None]
         parts.append(along)
-        rest = torch.baddbmm(block, along, v[:, None, :], alpha=-1.0).flatten(1)
-        left = left + torch.linalg.vecdot(rest, rest)
+        rest = block.addcmul_(along, v[:, None, :], value=-1.0).flatten(1)
+        left = left + (rest[:, None] @ rest[..., None]).flatten()
     u = torch.cat(parts, 1).squeeze(-1)
     sigma = torch.linalg.vector_norm(u, dim=1)
     return RankOne(
@@ -107,21 +106,24 @@ def _project(gradient: Tensor, v: Tensor, unit: Tensor) -> RankOne:
     )
 
 
-def ranks_of(gradient: Tensor, leading: RankOne) -> list[Rank]:
+def ranks_of(gradient: Tensor, leading: RankOne, *, noise_std: float | None = None) -> list[Rank]:
     """Count the samples in each gradient of ``(B, C, D)`` and estimate its noise (§1).
 
     The leading triple settles the common case (one sample, no noise); otherwise the singular
     values are counted above rounding or, under noise, above the edge τ(√C + √D), with τ from the
-    trailing ones. A gradient that is not finite has rank 0.
+    trailing ones. A gradient that is not finite has rank 0. ``noise_std`` is the noise where it is
+    known, 0 for none.
     """
     scale = math.sqrt(gradient.shape[1] * gradient.shape[2])
-    ranks = [
-        Rank(rank=int(norm > 0), noise=residual * norm / scale, noisy=False)
-        for norm, residual in zip(leading.sigma.tolist(), leading.residual.tolist(), strict=True)
-    ]
-    (left,) = torch.where(leading.finite() & (leading.residual > _ROUNDINGS * leading.unit))
-    for index in left.tolist():
-        ranks[index] = _rank_of_one(gradient[index], float(leading.unit[index]))
+    ranks = []
+    numbers = (leading.sigma.tolist(), leading.residual.tolist(), leading.unit.tolist())
+    for index, (norm, residual, unit) in enumerate(zip(*numbers, strict=True)):
+        # A declared noise beyond rounding counts, even where none is to be seen.
+        declared = (noise_std or 0.0) * scale > _ROUNDINGS * unit * norm
+        if 0.0 < norm < math.inf and (residual > _ROUNDINGS * unit or declared):
+            ranks.append(_rank_of_one(gradient[index], unit, noise_std))
+        else:
+            ranks.append(Rank(rank=int(norm > 0), noise=residual * norm / scale, noisy=False))
     return ranks
 
 
@@ -139,25 +141,30 @@ def rank_of(gradient: Tensor, leading: RankOne) -> Rank:
     return ranks_of(gradient, leading)[0]
 
 
-def _rank_of_one(gradient: Tensor, unit: float) -> Rank:
+def _rank_of_one(gradient: Tensor, unit: float, noise_std: float | None) -> Rank:
     """Count the samples in one gradient ``(C, D)`` of ``unit`` roundoff."""
     classes, width = gradient.shape
     wide = gradient.double()
     scale = math.sqrt(classes * width)
+    norm = float(torch.linalg.vector_norm(wide))
+    if noise_std and noise_std * scale > _ROUNDINGS * unit * norm:
+        above = int((_singular_values(wide) > _edge(noise_std, classes, width)).sum())
+        return Rank(rank=above, noise=noise_std, noisy=True)
     # Batches are mostly far smaller than the head, and then few of its singular values suffice.
     if worthwhile(wide, _USUAL_BATCH):
         values, beyond = leading_values(wide, _USUAL_BATCH)
         edge = _BEYOND_ROUNDING * unit * float(values[0])
         above = int((values > edge).sum())
         if above < len(values):
-            beyond = math.hypot(beyond, float(values[above:].norm()))
-            if beyond < edge * math.sqrt(min(classes, width)):
+            beyond = math.hypot(beyond, float(torch.linalg.vector_norm(values[above:])))
+            if beyond < edge * math.sqrt(min(classes, width)) or noise_std is not None:
                 return Rank(rank=above, noise=beyond / scale, noisy=False)
     values = _singular_values(wide)
     possible = min(classes - 1, width)
     above = int((values > _BEYOND_ROUNDING * unit * values[0]).sum())
     # Without noise every column sums to zero, so that the last of C singular values is zero.
-    if above < possible or (above == possible and len(values) > possible):
+    full = above == possible and len(values) > possible
+    if above < possible or full or noise_std is not None:
         tail = float(values[above:].square().sum()) ** 0.5
         return Rank(rank=above, noise=tail / scale, noisy=False)
     return _rank_under_noise(values, classes, width)
@@ -169,11 +176,15 @@ def _rank_under_noise(values: Tensor, classes: int, width: int) -> Rank:
     while True:
         free = max(1, (classes - rank) * (width - rank))
         noise = float(values[rank:].square().sum() / free) ** 0.5
-        edge = 1.05 * noise * (math.sqrt(classes) + math.sqrt(width))
-        above = int((values > edge).sum())
+        above = int((values > _edge(noise, classes, width)).sum())
         if above <= rank or above >= len(values):
             return Rank(rank=max(rank, above), noise=noise, noisy=True)
         rank = above
+
+
+def _edge(noise: float, classes: int, width: int) -> float:
+    """Return what the largest singular value of noise alone stays below."""
+    return 1.05 * noise * (math.sqrt(classes) + math.sqrt(width))
 
 
 def _singular_values(matrix: Tensor) -> Tensor:
@@ -190,11 +201,10 @@ def _singular_values(matrix: Tensor) -> Tensor:
 def _sweep(gradient: Tensor, v: Tensor) -> Tensor:
     """Return the normalised Gᵀ G v of gradients ``(B, C, D)`` in one pass over them."""
     out = torch.zeros_like(v)
-    for rows in row_blocks(gradient):
-        block = gradient[:, rows].double()
+    for _, block in wide_blocks(gradient):
         out = out + ((block @ v[:, :, None]).mT @ block).squeeze(1)
     return out / _nonzero(torch.linalg.vector_norm(out, dim=1, keepdim=True))
 
 
 def _nonzero(norm: Tensor) -> Tensor:
-    return torch.where(norm > 0, norm, torch.ones_like(norm))
+    return norm + (norm == 0)

@@ -14,13 +14,17 @@ class LabelOptions:
 
     ``families`` may be assumed; ``method`` is ``auto``, ``bias`` or ``scale``; ``batch_size`` is
     the number N of samples. Without it that is the rank of the gradient, or ``recorded_size`` where
-    that is known to be larger. ``seed`` is that of the starts of a batch's search.
+    that is known to be larger. ``noise_std`` is the standard deviation of the noise on an entry of
+    the gradient, estimated if None; ``loss_scale`` the factor γ of the loss, None if it is unknown.
+    ``seed`` is that of the starts of a batch's search.
     """
 
     families: Sequence[Family] = FAMILIES
     method: str = "auto"
     batch_size: int | None = None
     recorded_size: int | None = None
+    noise_std: float | None = None
+    loss_scale: float | None = 1.0
     seed: int = 0
 
     def samples(self, rank: int) -> int:

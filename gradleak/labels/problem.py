@@ -83,14 +83,25 @@ class ScaleProblem:
     def at(self, scale: Tensor) -> Point:
         """Evaluate the label and its slope at scales ``(B, M)``."""
         s = scale[..., None]
-        logits = torch.addcmul(self.b[:, None], s, self.a[:, None])
-        p = torch.softmax(logits, -1)
+        p = torch.softmax(torch.addcmul(self.b[:, None], s, self.a[:, None]), -1)
         mean = p @ self.a[..., None]
-        if self.excess is not None:
-            p = p * (1.0 + self.excess / scale)[..., None]
+        p = self._with_excess(p, scale)
         delta = (self.sigma[:, None] / scale)[..., None] * self.u[:, None]
         slope = torch.addcmul(delta, s * p, self.a[:, None] - mean)
         return Point(scale, p, delta, p - delta, slope)
+
+    def probabilities(self, scale: Tensor) -> Tensor:
+        """Return (B, M, C) the probabilities p(s) at scales ``(B, M)``, as low precision sums them.
+
+        The same as ``at(scale).p``.
+        """
+        logits = torch.addcmul(self.b[:, None], scale[..., None], self.a[:, None])
+        return self._with_excess(torch.softmax(logits, -1), scale)
+
+    def _with_excess(self, p: Tensor, scale: Tensor) -> Tensor:
+        if self.excess is None:
+            return p
+        return p.mul_((1.0 + self.excess / scale)[..., None])
 
     def variance(self, point: Point) -> Tensor:
         """Return (B, M, C) the variance of y(s): rounding of p, δ and y, and the additive noise."""
@@ -139,6 +150,11 @@ class FamilyTable:
     support: Tensor
     base: Tensor
 
+    @cached_property
+    def largest(self) -> int:
+        """The largest support."""
+        return int(self.support.max())
+
     @classmethod
     def of(cls, families: Sequence[Family], device: torch.device) -> FamilyTable:
         """Build the table of ``families`` on ``device``."""
@@ -151,8 +167,3 @@ class FamilyTable:
 def largest_first(y: Tensor, count: int) -> Tensor:
     """Return (..., min(count, C − 1)) the classes of the largest entries of ``y``, descending."""
     return y.topk(min(count, y.shape[-1] - 1), -1).indices
-
-
-def rest_mask(y: Tensor, top: Tensor, outside: Tensor) -> Tensor:
-    """Return (..., C): ``outside`` (..., K) at the classes of ``top`` (..., K), 1 elsewhere."""
-    return torch.ones_like(y).scatter(-1, top, outside.expand(top.shape))

@@ -10,20 +10,27 @@ freedom, one that it does not determine costs nothing and proves nothing.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
-from gradleak.labels.problem import FamilyTable, Point, ScaleProblem, largest_first, rest_mask
+from gradleak.labels.fits import Fits, side_by_side
+from gradleak.labels.problem import FamilyTable, Point, ScaleProblem, largest_first
 
-_UNIFORM_STEPS, _WEIGHTED_STEPS = 2, 3
+# Candidates of a family after the first look at each and after the first step of the remaining.
+_PROMISING, _SURVIVORS = 3, 2
+# What a Gauss–Newton step promises is believed but for this part of the residual.
+_DOUBT = 0.01
+# Steps of the weighted descent. One is needed while it gains more than _GAIN in χ², and either
+# a fit is in reach, χ² per class below _HOPELESS, or χ² still falls by the factor _FALLS.
+_STEPS, _GAIN, _HOPELESS, _FALLS = 8, 0.05, 100.0, 0.1
+# How far it may lead in log|s|: χ² has a trivial zero at |s| → ∞, where δ vanishes.
+_FARTHEST = 0.9
 # Where nothing feasible fits to so many roundings, squared, or so many worse than what is not
 # feasible, every family starts again at the best few scales of all families.
 _STUCK, _SHARED, _ROUNDS = 25.0, 4, 2
-# Candidates of a family that survive the first descent.
-_SURVIVORS = 2
 _LARGEST_STEP = 0.3
 _SAME_SCALE = 1e-6
 # Relative rounding of a probability at which it says nothing any more.
@@ -39,117 +46,79 @@ _TINY = 1e-300
 
 
 @dataclass(frozen=True)
-class Fits:
-    """Refined candidates, all tensors (B, M) unless stated.
+class _Choice:
+    """The families of M candidates.
 
-    ``family`` (M,) is the table index, ``top`` (B, M, K) the classes of the largest label entries,
-    ``weights`` (B, M, K) their values, ``base`` the value elsewhere; ``chi2`` the weighted sum of
-    squares over ``freedom`` = equations − unknowns; ``scale_error`` the standard error of log|s|,
-    ``weight_error`` and ``base_error`` those of the label with the scale's own included;
-    ``*_sharpness`` the same with the scale held fixed; ``feasible`` whether the label lies in the
-    simplex and uses all its parameters.
+    Their ``support`` (M,), ``free`` (M,) 1 or 0 for a base, ``outside`` (M, K) likewise for the
+    largest entries that do not belong to the support.
     """
 
-    scale: Tensor
-    family: Tensor
-    top: Tensor
-    weights: Tensor
-    base: Tensor
-    chi2: Tensor
-    freedom: Tensor
-    scale_error: Tensor
-    weight_error: Tensor
-    base_error: Tensor
-    weight_sharpness: Tensor
-    base_sharpness: Tensor
-    feasible: Tensor
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """The families of M candidates: ``free`` (M,) 0 or 1, and the support among the K largest."""
-
     count: int
+    support: Tensor
     free: Tensor
-    inside: Tensor
     outside: Tensor
 
     @classmethod
     def of(cls, table: FamilyTable, family: Tensor, dtype: torch.dtype) -> _Choice:
+        order = torch.arange(table.largest, device=family.device)
         support = table.support[family]
-        count = int(table.support.max())
-        inside = torch.arange(count, device=support.device) < support[:, None]
-        return cls(count, table.base[family].to(dtype), inside, (~inside).to(dtype))
+        outside = (order >= support[:, None]).to(dtype)
+        return cls(table.largest, support, table.base[family].to(dtype), outside)
 
 
 @dataclass(frozen=True)
 class _Residual:
-    """Least-squares terms of M candidates at one scale each: (B, M, C) or (B, M)."""
+    """Least-squares terms of M candidates at one scale each: (B, M, C) or (B, M).
+
+    ``total`` is the sum of the weights, ``objective`` χ² if weighted and ρ if not, ``promise`` what
+    a Gauss–Newton ``step`` in log|s| would leave of it.
+    """
 
     point: Point
     top: Tensor
     weight: Tensor
+    variance: Tensor | None
+    total: Tensor
     base: Tensor
     slope_base: Tensor
     curvature: Tensor
     objective: Tensor
+    promise: Tensor
     step: Tensor
 
 
 def refine(problem: ScaleProblem, candidates: Tensor, table: FamilyTable) -> Fits:
     """Bring candidate scales (B, F, K) to the nearest least-squares scale of their family.
 
-    The few best distinct ones of each family go through the weighted descent and are described.
+    Two steps with equal weights pick the most promising of each family; these go through the
+    weighted descent and are described.
     """
-    scale, family = _flatten(candidates)
-    scale, rho = _descend(problem, scale, table, family, weighted=False, steps=_UNIFORM_STEPS)
-    rho, order = rho.view(candidates.shape).sort(-1)
-    scale = scale.view(candidates.shape).gather(-1, order)
-    # Two candidates that met at the same scale are one.
-    same = (scale[..., 1:] / scale[..., :-1] - 1.0).abs() < _SAME_SCALE
-    rho[..., 1:].masked_fill_(same, math.inf)
-    best = rho.topk(min(_SURVIVORS, rho.shape[-1]), -1, largest=False).indices
-    scale, family = _flatten(scale.gather(-1, best))
-    scale, _ = _descend(problem, scale, table, family, weighted=True, steps=_WEIGHTED_STEPS)
-    fits = describe(problem, scale, family, table, scale_known=False)
-    for _ in range(_ROUNDS):
-        (index,) = torch.where(_stuck(problem, fits))
-        if not len(index):
-            break
-        part, misfit = problem.part(index), fits.chi2[index] / fits.freedom[index].clamp(min=1)
-        lowest = misfit.topk(min(_SHARED, misfit.shape[1]), -1, largest=False).indices
-        shared = fits.scale[index].gather(-1, lowest)
-        more, family = _flatten(shared[:, None].expand(-1, len(table.support), -1))
-        more, _ = _descend(part, more, table, family, weighted=True, steps=_WEIGHTED_STEPS)
-        fits = _joined(fits, describe(part, more, family, table, scale_known=False), index)
-    return _with_neighbours(problem, fits, table)
-
-
-def _stuck(problem: ScaleProblem, fits: Fits) -> Tensor:
-    """Return (B,) whether what fits best is not feasible, or nothing fits at all.
-
-    Where two classes change places in the support, a family has a false minimum beside its root;
-    a larger family, which holds both classes, has not, and its weights tell that it is too large.
-    """
-    feasible = torch.where(fits.feasible, fits.chi2, math.inf).amin(-1)
-    missing = (_quality(fits).amin(-1) > _STUCK) | (feasible > fits.chi2.amin(-1) + _STUCK)
-    return (problem.noise == 0) & missing
-
-
-def _quality(fits: Fits) -> Tensor:
-    """Return (B, M) the misfit by degree of freedom, inf where the label is not feasible."""
-    return torch.where(fits.feasible, fits.chi2 / fits.freedom.clamp(min=1), math.inf)
-
-
-def _with_neighbours(problem: ScaleProblem, fits: Fits, table: FamilyTable) -> Fits:
-    """Add to the fits of a saturated softmax every family just beside the best of them."""
-    scale = fits.scale
-    quality = _quality(fits)
+    scale = candidates
+    for kept in (_PROMISING, _SURVIVORS):
+        flat, family = _flatten(scale)
+        now = _residual(problem, flat, _Choice.of(table, family, scale.dtype), weighted=False)
+        outlook = (now.promise + _DOUBT * now.objective).view(scale.shape)
+        outlook, order = outlook.sort(-1)
+        scale = (flat * now.step.exp()).view(scale.shape).gather(-1, order)
+        # Two candidates that met at the same scale are one.
+        same = (scale[..., 1:] / scale[..., :-1] - 1.0).abs() < _SAME_SCALE
+        outlook[..., 1:].masked_fill_(same, math.inf)
+        best = outlook.topk(min(kept, scale.shape[-1]), -1, largest=False).indices
+        scale = scale.gather(-1, best)
+    flat, family = _flatten(scale)
+    fits, point = _descend(problem, flat, family, table)
+    (index,) = torch.where(_stuck(problem, fits))
+    if len(index):
+        fits = fits.joined(
+            _restarted(problem.part(index), fits.at(index), candidates[index], table), index
+        )
+        point = problem.at(fits.scale)
+    quality = fits.quality()
     evidence = log_evidence(problem, fits, table, torch.ones_like(problem.sigma))
     likeliest = evidence.masked_fill(~fits.feasible, -math.inf)
     chosen = torch.stack([quality.argmin(-1), likeliest.argmax(-1)], -1)
-    answers = scale.gather(-1, chosen)
-    doubtful = (problem.noise == 0) & _saturated(problem, answers)
+    answers = fits.scale.gather(-1, chosen)
+    doubtful = (problem.noise == 0) & _saturated(point, chosen)
     (index,) = torch.where(doubtful)
     if not len(index):
         return fits
@@ -159,26 +128,43 @@ def _with_neighbours(problem: ScaleProblem, fits: Fits, table: FamilyTable) -> F
     around = (answers[index][..., None] * nearby).flatten(1)
     more = torch.arange(len(table.support), device=scale.device)
     more, around = more.repeat_interleave(around.shape[1]), around.repeat(1, len(more))
-    return _joined(
-        fits, describe(problem.part(index), around, more, table, scale_known=False), index
-    )
+    beside = describe(problem.part(index), around, more, table, scale_known=False)
+    return fits.joined(beside, index)
 
 
-def _joined(fits: Fits, more: Fits, index: Tensor) -> Fits:
-    """Append candidates of the problems in ``index``; the other problems get infeasible ones."""
-    fields = {"family": torch.cat([fits.family, more.family])}
-    for name, value in vars(fits).items():
-        if name != "family":
-            new = getattr(more, name)
-            wide = new.new_zeros((len(value), *new.shape[1:]))
-            wide[index] = new
-            fields[name] = torch.cat([value, wide], 1)
-    return Fits(**fields)
+def _stuck(problem: ScaleProblem, fits: Fits) -> Tensor:
+    """Return (B,) whether what fits best is not feasible, or nothing fits at all.
+
+    Where two classes change places in the support, a family has a false minimum beside its root;
+    a larger family, which holds both classes, has not, and its weights tell that it is too large.
+    """
+    feasible = torch.where(fits.feasible, fits.chi2, math.inf).amin(-1)
+    missing = (fits.quality().amin(-1) > _STUCK) | (feasible > fits.chi2.amin(-1) + _STUCK)
+    return (problem.noise == 0) & missing
 
 
-def _saturated(problem: ScaleProblem, scales: Tensor) -> Tensor:
-    """Return (B,) whether at any of ``scales`` (B, M) a few classes have all the probability."""
-    p = problem.at(scales).p
+def _restarted(problem: ScaleProblem, fits: Fits, candidates: Tensor, table: FamilyTable) -> Fits:
+    """Return fits of every family, started at the best few scales of all families.
+
+    And those at the ``candidates`` (B, F, K) as they are: a descent leaves a saturated softmax,
+    where every scale fits, for the one scale at which the label is uniform.
+    """
+    found = [describe(problem, *_flatten(candidates), table, scale_known=False)]
+    for _ in range(_ROUNDS):
+        misfit = fits.chi2 / fits.freedom.clamp(min=1)
+        best = misfit.topk(min(_SHARED, misfit.shape[1]), -1, largest=False).indices
+        shared = fits.scale.gather(-1, best)[:, None].expand(-1, len(table.support), -1)
+        fits, _ = _descend(problem, *_flatten(shared), table)
+        found.append(fits)
+    return side_by_side(found)
+
+
+def _saturated(point: Point, chosen: Tensor) -> Tensor:
+    """Return (B,) whether beyond the few largest classes next to no probability is left.
+
+    At any of the ``chosen`` (B, K) scales of ``point``.
+    """
+    p = point.p.gather(1, chosen[..., None].expand(-1, -1, point.p.shape[-1]))
     beyond = p.sum(-1) - p.topk(min(3, p.shape[-1]), -1).values.sum(-1)
     return (beyond < _SATURATED).any(-1)
 
@@ -197,37 +183,37 @@ def describe(
     ``scale_known`` holds the scale fixed (a bias gradient gives it) instead of counting it as an
     unknown of the fit.
     """
-    support, free = table.support[family], table.base[family]
     choice = _Choice.of(table, family, scale.dtype)
     now = _residual(problem, scale, choice, weighted=True)
-    point, top = now.point, now.top
-    known = problem.unit[:, None].expand_as(scale)
-    log_error = known if scale_known else now.curvature.rsqrt()
-    variance = problem.variance(point)
-    weights = point.y.gather(-1, top)
-    sharpness = variance.gather(-1, top).sqrt()
-    slope = point.slope.gather(-1, top)
-    base_sharpness = now.weight.sum(-1).clamp(min=_TINY).rsqrt()
-    inside = choice.inside[:, : top.shape[-1]]
-    one = support == 1
+    return _describe(problem, now, family, choice, scale_known=scale_known)
+
+
+def _describe(
+    problem: ScaleProblem, now: _Residual, family: Tensor, choice: _Choice, *, scale_known: bool
+) -> Fits:
+    """Fit the label parameters at the scales of ``now``, as :func:`describe` does."""
+    assert now.variance is not None
+    point, top, free = now.point, now.top, choice.free
+    outside = choice.outside[:, : top.shape[-1]]
+    inside = 1.0 - outside
+    log_error = now.curvature.rsqrt()
+    if scale_known:
+        log_error = problem.unit[:, None].expand_as(log_error)
+    base_sharpness = now.total.rsqrt() * free
+    own = (
+        point.y.gather(-1, top),
+        point.slope.gather(-1, top),
+        now.variance.gather(-1, top).sqrt(),
+    )
     # With one class the label sums to one by itself: its weight is known from the base.
-    alone = 1.0 - (problem.classes - 1) * now.base
-    weights = torch.where(one[:, None] & inside, alone[..., None], weights)
-    slope = torch.where(
-        one[:, None] & inside, -(problem.classes - 1) * now.slope_base[..., None], slope
-    )
-    sharpness = torch.where(
-        one[:, None] & inside,
-        ((problem.classes - 1) * base_sharpness * free)[..., None],
-        sharpness,
-    )
-    base_sharpness = torch.where(free, base_sharpness, 0.0)
-    weight_error = (sharpness.square() + (slope * log_error[..., None]).square()).sqrt()
-    base_error = (base_sharpness.square() + (now.slope_base * log_error).square()).sqrt()
-    base_error = torch.where(free, base_error, 0.0)
-    equations = (now.weight > 0).logical_and(point.informative()).sum(-1)
+    rest = problem.classes - 1
+    alone = (1.0 - rest * now.base, -rest * now.slope_base, rest * base_sharpness)
+    single = (choice.support == 1)[:, None] & (outside == 0.0)
+    parts = torch.where(single, torch.stack(alone)[..., None], torch.stack(own))
+    weights, slope, sharpness = parts[0], parts[1] * inside, parts[2] * inside
+    equations = ((now.weight > 0) & point.informative()).sum(-1)
     fits = Fits(
-        scale=scale,
+        scale=point.scale,
         family=family,
         top=top,
         weights=weights,
@@ -235,13 +221,13 @@ def describe(
         chi2=now.objective,
         freedom=equations - free.long() - int(not scale_known),
         scale_error=log_error,
-        weight_error=torch.where(inside, weight_error, 0.0),
-        base_error=base_error,
-        weight_sharpness=torch.where(inside, sharpness, 0.0),
+        weight_error=torch.hypot(sharpness, slope * log_error[..., None]),
+        base_error=torch.hypot(base_sharpness, now.slope_base * log_error),
+        weight_sharpness=sharpness,
         base_sharpness=base_sharpness,
-        feasible=torch.ones_like(scale, dtype=torch.bool),
+        feasible=free > 0,
     )
-    return _with_feasibility(problem, fits, point, inside, free, scale_known)
+    return _with_feasibility(problem, fits, point, choice, scale_known)
 
 
 def log_evidence(
@@ -256,17 +242,18 @@ def log_evidence(
     """
     spread = (2.0 * math.pi * inflation).sqrt()[:, None]
     support, free = table.support[fits.family], table.base[fits.family]
-    volume = (fits.scale_error * spread / _LOG_SCALE_PRIOR).clamp(1e-30, 1.0).log()
-    base = (fits.base_sharpness * spread * problem.classes).clamp(1e-30, 1.0).log()
-    weights = (fits.weight_sharpness * spread[..., None]).clamp(1e-30, 1.0).log()
-    order = torch.arange(fits.top.shape[-1], device=support.device)
-    mixture = (order > 0) & (order < support[:, None])
-    volume = volume + torch.where(free, base, 0.0)
+    parameters = (fits.scale_error / _LOG_SCALE_PRIOR, fits.base_sharpness * problem.classes)
+    errors = torch.cat([torch.stack(parameters, -1), fits.weight_sharpness], -1)
+    # Which of them a family has: the scale, its base, and all weights of a mixture but one.
+    order = torch.arange(-2, fits.top.shape[-1], device=support.device)
+    has = (order == -2) | ((order == -1) & free[:, None])
+    has |= (order > 0) & (order < support[:, None])
+    volumes = (errors * spread[..., None]).clamp(1e-30, 1.0).log()
+    volume = volumes.masked_fill(~has, 0.0).sum(-1)
     if problem.noisy:
         # Without noise a fit of the wrong classes is no fit; under it the best of many may be one.
         noisy = (problem.noise > 0).to(volume.dtype)[:, None]
         volume = volume - noisy * _log_choices(problem.classes, support)
-    volume = volume + torch.where(mixture, weights, 0.0).sum(-1)
     return volume - 0.5 * fits.chi2 / inflation[:, None]
 
 
@@ -278,28 +265,32 @@ def _log_choices(classes: int, support: Tensor) -> Tensor:
 
 
 def _descend(
-    problem: ScaleProblem,
-    scale: Tensor,
-    table: FamilyTable,
-    family: Tensor,
-    *,
-    weighted: bool,
-    steps: int,
-) -> tuple[Tensor, Tensor]:
-    """Gauss–Newton in log|s|, all candidates at once; the best point met is kept.
+    problem: ScaleProblem, scale: Tensor, family: Tensor, table: FamilyTable
+) -> tuple[Fits, Point]:
+    """Gauss–Newton in log|s| with inverse variances; the best point met is described.
 
-    Returns the scales and objectives (B, M).
+    It ends when no candidate (B, M) that may still fit gains by another step.
     """
     choice = _Choice.of(table, family, scale.dtype)
-    now = _residual(problem, scale, choice, weighted=weighted)
-    best, lowest = scale, now.objective
-    for _ in range(steps):
-        scale = scale * now.step.exp()
-        now = _residual(problem, scale, choice, weighted=weighted)
-        better = now.objective < lowest
-        best = torch.where(better, scale, best)
-        lowest = torch.where(better, now.objective, lowest)
-    return best, lowest
+    hopeless = _HOPELESS * problem.classes
+    start, moved = scale, torch.zeros_like(scale)
+    best, lowest = scale, torch.full_like(scale, math.inf)
+    for left in range(_STEPS, -1, -1):
+        now = _residual(problem, scale, choice, weighted=True)
+        worse = now.objective > lowest
+        best = torch.where(worse, best, scale)
+        lowest = torch.where(worse, lowest, now.objective)
+        gain = now.objective - now.promise
+        near = now.promise < hopeless
+        open_ended = (gain > _GAIN) & (near | (now.promise < _FALLS * now.objective))
+        if not left or not bool(open_ended.any()):
+            break
+        moved = (moved + now.step).clamp(-_FARTHEST, _FARTHEST)
+        scale = start * moved.exp()
+    worse = (now.objective > lowest * (1.0 + _GAIN) + _GAIN) & (lowest < hopeless)
+    if bool(worse.any()):
+        now = _residual(problem, best, choice, weighted=True)
+    return _describe(problem, now, family, choice, scale_known=False), now.point
 
 
 def _residual(
@@ -308,43 +299,68 @@ def _residual(
     """Evaluate y(s) − base over the classes outside the support, and the Gauss–Newton step."""
     point = problem.at(scale)
     top = largest_first(point.y, choice.count)
-    weight = rest_mask(point.y, top, choice.outside[:, : top.shape[-1]])
+    outside = choice.outside[:, : top.shape[-1]].expand(top.shape)
+    variance = None
     if weighted:
-        weight = weight / problem.variance(point)
-    share = choice.free / weight.sum(-1).clamp(min=_TINY)
-    base, slope_base = vecdot(weight, point.y) * share, vecdot(weight, point.slope) * share
-    residual = point.y - base[..., None]
-    jacobian = point.slope - slope_base[..., None]
-    pull = weight * residual
-    objective, gradient = vecdot(pull, residual), vecdot(pull, jacobian)
-    curvature = vecdot(weight * jacobian, jacobian).clamp(min=_TINY)
-    if not weighted:  # in units of the gradient, or growing scales would shrink it (§3)
-        square, mean = vecdot(weight * point.delta, point.delta), vecdot(weight, point.delta)
-        objective = objective / (square - mean.square() * share).clamp(min=_TINY)
+        variance = problem.variance(point)
+        weight = variance.reciprocal()
+        weight.scatter_(-1, top, weight.gather(-1, top) * outside)
+    else:
+        weight = torch.ones_like(point.y).scatter_(-1, top, outside)
+    total = weight.sum(-1).clamp_(min=_TINY)
+    share = choice.free / total
+    both = torch.stack([point.y, point.slope], -2)
+    bases = vecdot(weight[..., None, :], both) * share[..., None]
+    both -= bases[..., None]
+    # Sums over the classes of residual², residual · slope and slope²: one product of matrices.
+    products = (both * weight[..., None, :]) @ both.mT
+    objective, gradient = products[..., 0, 0], products[..., 0, 1]
+    curvature = products[..., 1, 1]
+    if not weighted:  # of s·y(s), or growing scales would shrink the residual (§3)
+        curvature = curvature + 2.0 * gradient + objective
+        gradient = gradient + objective
+    curvature = curvature.clamp(min=_TINY)
     step = (-gradient / curvature).clamp(-_LARGEST_STEP, _LARGEST_STEP)
-    return _Residual(point, top, weight, base, slope_base, curvature, objective, step)
+    promise = (objective + step * (2.0 * gradient + step * curvature)).clamp(min=0.0)
+    if not weighted:
+        sums = weight @ torch.stack([problem.u, problem.u.square()], -1)
+        spread = sums[..., 1] - sums[..., 0].square() * share
+        size = ((problem.sigma[:, None] / scale).square() * spread).clamp(min=_TINY)
+        objective, promise = objective / size, promise / size
+    return _Residual(
+        point=point,
+        top=top,
+        weight=weight,
+        variance=variance,
+        total=total,
+        base=bases[..., 0],
+        slope_base=bases[..., 1],
+        curvature=curvature,
+        objective=objective,
+        promise=promise,
+        step=step,
+    )
 
 
 def _with_feasibility(
-    problem: ScaleProblem,
-    fits: Fits,
-    point: Point,
-    inside: Tensor,
-    free: Tensor,
-    scale_known: bool,
+    problem: ScaleProblem, fits: Fits, point: Point, choice: _Choice, scale_known: bool
 ) -> Fits:
     """Keep the labels of the simplex whose every parameter is more than a rounding."""
-    floor = (_NEGLIGIBLE * problem.rounding(point)).clamp(max=_NEGLIGIBLE_AT_MOST)
-    noisy = (problem.noise > 0)[:, None]
-    # Under noise a parameter may be small; the evidence decides whether it is there.
-    floor = torch.where(noisy, 0.0, floor)
-    slack = torch.where(noisy, 6.0 * fits.weight_error.amax(-1).clamp(max=0.1), 0.0)
-    above = fits.weights - fits.base[..., None] > (floor - slack)[..., None]
-    slack = torch.where(noisy, 6.0 * fits.base_error.clamp(max=0.1), 0.0)
-    positive = fits.base * problem.classes > floor - slack * problem.classes
-    feasible = (above | ~inside).all(-1) & (positive | ~free)
+    outside = choice.outside[:, : fits.top.shape[-1]] > 0.0
+    rounding = problem.rounding(point)
+    floor = (_NEGLIGIBLE * rounding).clamp(max=_NEGLIGIBLE_AT_MOST)
+    weight_floor, base_floor = floor, floor
+    if problem.noisy:
+        # Under noise a parameter may be small; the evidence decides whether it is there.
+        noisy = (problem.noise > 0)[:, None]
+        slack = 6.0 * fits.weight_error.amax(-1).clamp(max=0.1)
+        weight_floor = torch.where(noisy, -slack, floor)
+        slack = 6.0 * fits.base_error.clamp(max=0.1)
+        base_floor = torch.where(noisy, -slack * problem.classes, floor)
+    above = (fits.weights - fits.base[..., None] > weight_floor[..., None]) | outside
+    positive = (fits.base * problem.classes > base_floor) | (choice.free == 0.0)
     # Where the rounding of the logits alone scrambles the probabilities, everything fits.
-    feasible = feasible & (problem.rounding(point) < _SCRAMBLED)
+    feasible = above.all(-1) & positive & (rounding < _SCRAMBLED)
     # Classes that float32 has rounded away fit any scale; they are equations all the same.
-    rest = problem.classes - inside.sum(-1) - free.long() - int(not scale_known)
-    return Fits(**{**fits.__dict__, "feasible": feasible & (rest >= 1)})
+    least = choice.support + choice.free + int(not scale_known)
+    return replace(fits, feasible=feasible & (least < problem.classes))

@@ -18,6 +18,9 @@ from gradleak.labels.bias import foreign_bias, scales_from_bias
 from gradleak.labels.checks import column_sums, not_softmax
 from gradleak.labels.decide import decide
 from gradleak.labels.factorise import Rank, RankOne, as_one_sample, leading_triple, ranks_of
+from gradleak.labels.gaussian import Observation
+from gradleak.labels.lossscale import solve_unknown_scale
+from gradleak.labels.noisy import solve_under_noise
 from gradleak.labels.options import LabelOptions
 from gradleak.labels.problem import FamilyTable, ScaleProblem
 from gradleak.labels.refine import describe, refine
@@ -42,12 +45,17 @@ def recover_single(
     method: str = "auto",
     options: LabelOptions | None = None,
     progress: Callable[[int, int], None] | None = None,
+    noise_std: float | None = None,
+    loss_scale: float | None = 1.0,
 ) -> LabelResult:
     """Recover the soft label and the head's input feature of one sample.
 
     ``grad_weight`` and ``weight`` are (C, D), ``bias`` and ``grad_bias`` (C,) or None. With a bias
     gradient the closed form of §2 answers for any label (``method='bias'``); without one the
-    scale search of §3 does (``method='scale'``); ``auto`` prefers the former.
+    scale search of §3 does (``method='scale'``); ``auto`` prefers the former. Under noise both are
+    starts for the maximum of the likelihood. ``noise_std`` is the standard deviation of the noise
+    on an entry of the gradient, 0 for none; by default it is estimated. ``loss_scale`` is the
+    factor of the loss, None where it is unknown and to be recovered.
 
     Raises :class:`InputError` when the gradient is not of softmax cross-entropy (Theorem 1 of arXiv
     2402.03124: every column sums to zero over the classes), or holds NaN or infinity.
@@ -61,6 +69,8 @@ def recover_single(
         method=method,
         options=options,
         progress=progress,
+        noise_std=noise_std,
+        loss_scale=loss_scale,
     )
     if isinstance(result, GradleakError):
         raise result
@@ -77,6 +87,8 @@ def recover_singles(
     method: str = "auto",
     options: LabelOptions | None = None,
     progress: Callable[[int, int], None] | None = None,
+    noise_std: float | None = None,
+    loss_scale: float | None = 1.0,
 ) -> list[LabelResult | GradleakError]:
     """Recover soft label and feature from each of B gradients, on the device that holds them.
 
@@ -88,7 +100,8 @@ def recover_singles(
     """
     count, classes, width = grad_weight.shape
     kind = grad_weight.device.type
-    options = LabelOptions(families, method) if options is None else options
+    if options is None:
+        options = LabelOptions(families, method, noise_std=noise_std, loss_scale=loss_scale)
     step = min(_CLASSES[kind] // classes, _VALUES[kind] // (classes * width)) or 1
     answers: list[LabelResult | GradleakError] = []
     for start in range(0, count, step):
@@ -139,21 +152,28 @@ def _recover(
     # Thousands of small operations: without autograd's bookkeeping they cost a fifth less.
     with torch.inference_mode():
         leading = leading_triple(gradient)
-        ranks = ranks_of(gradient, leading)
+        ranks = ranks_of(gradient, leading, noise_std=options.noise_std)
         if options.batch_size == 1:
             ranks = [as_one_sample(rank, leading, b) for b, rank in enumerate(ranks)]
         sums = column_sums(gradient, leading, ranks)
         found = _without_sample(leading, ranks, sums)
+        gamma, given_bias = options.loss_scale or 1.0, grad_bias
+        if gamma != 1.0:
+            leading = replace(leading, sigma=leading.sigma / gamma)
+            grad_bias = None if grad_bias is None else grad_bias.double() / gamma
         every = _Singles(
             list(range(len(ranks))),
             leading,
-            scale_problem(leading, weight, bias, noise=_noise(ranks, leading)),
+            scale_problem(leading, weight, bias, noise=_noise(ranks, leading) / gamma),
             grad_bias,
         )
         alone = [rank.rank == 1 == options.samples(1) for rank in ranks]
         singles = every.part([b not in found and one for b, one in enumerate(alone)])
+        clean, noisy = _by_method(singles, options)
         table = FamilyTable.of(options.families, gradient.device)
-        groups = list(_solve(singles, found, table, options.method))
+        groups = list(_solve(clean, found, table, options))
+        if noisy.members:
+            groups.append((noisy.members, _likeliest(noisy, gradient, weight, bias, options)))
     for members, solved in groups:
         mine = [ranks[b] for b in members], [sums[b][0] for b in members]
         found.update(zip(members, results(solved, *mine), strict=True))
@@ -164,7 +184,7 @@ def _recover(
                 weight if weight.dim() == 2 else weight[b],
                 rank=rank,
                 bias=bias if bias is None or bias.dim() == 1 else bias[b],
-                grad_bias=None if grad_bias is None else grad_bias[b],
+                grad_bias=None if given_bias is None else given_bias[b],
                 options=options,
                 progress=progress,
             )
@@ -236,11 +256,40 @@ def scale_problem(
     )
 
 
+def _by_method(singles: _Singles, options: LabelOptions) -> tuple[_Singles, _Singles]:
+    """Split into the gradients that are solved exactly and those whose likelihood is maximised.
+
+    The latter are the noisy ones, the ratio of whose gradients is biased, and all of them where the
+    scale of the loss is unknown, except that heads which are not finite are left to the former.
+    """
+    finite = torch.isfinite(singles.problem.a + singles.problem.b).all(1)
+    likely = finite & ((singles.problem.noise > 0.0) | (options.loss_scale is None))
+    return singles.part((~likely).tolist()), singles.part(likely.tolist())
+
+
+def _likeliest(
+    singles: _Singles, gradient: Tensor, weight: Tensor, bias: Tensor | None, options: LabelOptions
+) -> Solved:
+    """Maximise the likelihood of the ``singles`` among the gradients (B, C, D) of a chunk."""
+    index = torch.tensor(singles.members, device=gradient.device)
+    own = weight.expand_as(gradient) if weight.dim() == 2 else weight[index]
+    seen = Observation.of(
+        gradient[index].double() / (options.loss_scale or 1.0),
+        own[: len(index)],
+        singles.problem.b,
+        None if options.method == "scale" else singles.grad_bias,
+        singles.problem.noise,
+    )
+    if options.loss_scale is None:
+        return solve_unknown_scale(seen, singles.problem.unit, options.families)
+    return solve_under_noise(seen, singles.problem.unit, options.families)
+
+
 def _solve(
     singles: _Singles,
     found: dict[int, LabelResult | GradleakError],
     table: FamilyTable,
-    method: str,
+    options: LabelOptions,
 ) -> Iterator[tuple[list[int], Solved]]:
     """Solve the problems, with the bias gradients where they serve; errors go to ``found``."""
 
@@ -251,12 +300,8 @@ def _solve(
 
     heads = torch.isfinite(singles.problem.a + singles.problem.b).all(1)
     singles = usable(singles, heads, lambda: _not_finite("weight or bias"))
-    # Under noise the ratio of two noisy gradients is biased; the search is not.
-    clean = (singles.problem.noise == 0.0).tolist()
-    closed = [
-        singles.grad_bias is not None and (method == "bias" or (method == "auto" and quiet))
-        for quiet in clean
-    ]
+    has_bias = singles.grad_bias is not None and options.method != "scale"
+    closed = [has_bias] * len(singles.members)
     searched = singles.part([not chosen for chosen in closed])
     if searched.members:
         fits = refine(searched.problem, find_candidates(searched.problem, table), table)

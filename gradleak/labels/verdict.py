@@ -26,7 +26,8 @@ class SampleLabel:
 
     ``classes`` is the support by descending weight, ``weights`` the label's values there, ``base``
     its value everywhere else, ``scale`` the signed norm of the head's input along the gradient's
-    right singular vector. The ``*_error`` fields are one standard error each.
+    right singular vector. ``loss_scale`` is the recovered factor of the loss, None where it was
+    given. The ``*_error`` fields are one standard error each.
     """
 
     family: str
@@ -37,6 +38,8 @@ class SampleLabel:
     weight_errors: tuple[float, ...]
     base_error: float
     scale_error: float
+    loss_scale: float | None = None
+    loss_scale_error: float | None = None
 
     def uncertainty(self) -> float:
         """Return the largest standard error of any entry of the label."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ Progress = Callable[[int, int], None]
 """Told how many samples of a batch are found, and of how many."""
 
 METHODS = ("auto", "bias", "scale", "paper")
+UNKNOWN = "unknown"
 # Heads held at once: how many, each with its file open, and values of their gradients.
 _HEADS, _VALUES = 256, 1 << 24
 
@@ -46,6 +48,7 @@ class _Attack:
 
     family: str
     options: LabelOptions
+    scale_stated: bool
     paper: PaperOptions | None
     head: str | None
     weights: Path | str | None
@@ -60,6 +63,8 @@ def recover_label(
     family: str = "auto",
     method: str = "auto",
     batch_size: int | None = None,
+    noise_std: float | None = None,
+    loss_scale: float | str | None = None,
     head: str | None = None,
     weights: Path | str | None = None,
     paper: PaperOptions | None = None,
@@ -73,12 +78,27 @@ def recover_label(
     ``method`` is ``bias`` (closed form), ``scale`` (the search, bias gradient ignored), ``auto`` of
     the two, or ``paper`` (the baseline, with the options ``paper``; ``seed`` is its swarm's);
     ``batch_size`` is the number of samples, the rank of the gradient unless given;
+    ``noise_std`` is the standard deviation of the noise on every entry of the gradient, in its own
+    units, 0 for none; by default it is estimated. ``loss_scale`` is the factor of the loss, a
+    positive number or ``unknown``; by default the bundle's metadata say it, or it is 1.
     ``head`` overrides the search for the classifier; ``weights`` is a state-dict file for a bundle
     without weights. The label goes to ``label/soft`` (N, C) float64, whatever the verdict.
 
     Raises :class:`GradleakError` subclasses as ``read_head`` and ``recover_single`` do.
     """
-    attack = _attack(family, method, batch_size, paper, head, weights, device, seed, progress)
+    attack = _attack(
+        family,
+        method,
+        batch_size,
+        noise_std,
+        loss_scale,
+        paper,
+        head,
+        weights,
+        device,
+        seed,
+        progress,
+    )
     (outcome,) = _recover([bundle], attack)
     if isinstance(outcome, GradleakError):
         raise outcome
@@ -91,6 +111,8 @@ def recover_labels(
     family: str = "auto",
     method: str = "auto",
     batch_size: int | None = None,
+    noise_std: float | None = None,
+    loss_scale: float | str | None = None,
     head: str | None = None,
     weights: Path | str | None = None,
     paper: PaperOptions | None = None,
@@ -108,7 +130,20 @@ def recover_labels(
     Raises :class:`UsageError` for an unknown family, method or device.
     """
     return _recover(
-        bundles, _attack(family, method, batch_size, paper, head, weights, device, seed, progress)
+        bundles,
+        _attack(
+            family,
+            method,
+            batch_size,
+            noise_std,
+            loss_scale,
+            paper,
+            head,
+            weights,
+            device,
+            seed,
+            progress,
+        ),
     )
 
 
@@ -116,6 +151,8 @@ def _attack(
     family: str,
     method: str,
     batch_size: int | None,
+    noise_std: float | None,
+    loss_scale: float | str | None,
     paper: PaperOptions | None,
     head: str | None,
     weights: Path | str | None,
@@ -131,14 +168,37 @@ def _attack(
         raise UsageError(
             f"method '{method}' does not take the options of 'paper'", "add --method paper"
         )
-    arguments: dict[str, object] = {"family": family, "method": method}
-    if batch_size is not None:
-        if batch_size < 1:
-            raise UsageError(f"batch size {batch_size} is below 1", "give the number of samples")
-        arguments["batch_size"] = batch_size
-    options = LabelOptions(families(family), method, batch_size, seed=seed)
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"batch size {batch_size} is below 1", "give the number of samples")
+    if noise_std is not None and not 0.0 <= noise_std < math.inf:
+        raise UsageError(f"the noise std {noise_std} is no std", "give a number from 0")
+    if not (
+        loss_scale is None
+        or loss_scale == UNKNOWN
+        or (isinstance(loss_scale, float) and 0.0 < loss_scale < math.inf)
+    ):
+        raise UsageError(
+            f"the loss scale {loss_scale!r} is neither a positive number nor '{UNKNOWN}'",
+            f"give the factor of the loss, or {UNKNOWN}",
+        )
+    arguments: dict[str, object] = {
+        "family": family,
+        "method": method,
+        "batch_size": batch_size,
+        "noise_std": noise_std,
+        "loss_scale": loss_scale,
+    }
+    options = LabelOptions(
+        families=families(family),
+        method=method,
+        batch_size=batch_size,
+        noise_std=noise_std,
+        loss_scale=_known_scale(loss_scale),
+        seed=seed,
+    )
     where = resolve_device(device)
-    return _Attack(family, options, paper, head, weights, where, arguments, progress)
+    stated = loss_scale is not None
+    return _Attack(family, options, stated, paper, head, weights, where, arguments, progress)
 
 
 def _recover(
@@ -164,7 +224,13 @@ def _recover(
 
 
 def _read(bundle: Bundle, attack: _Attack) -> Head:
-    head = read_head(bundle, name=attack.head, weights=attack.weights, device=attack.device)
+    head = read_head(
+        bundle,
+        name=attack.head,
+        weights=attack.weights,
+        device=attack.device,
+        scaled=attack.scale_stated,
+    )
     if attack.options.method == "bias" and head.grad_bias is None:
         raise UsageError(
             f"method 'bias' needs grad/{head.name}.bias, which the bundle does not hold",
@@ -239,6 +305,13 @@ def _solve_as_published(head: Head, attack: _Attack) -> LabelResult | GradleakEr
     except GradleakError as error:
         return error
     return replace(result, seconds=time.perf_counter() - start)
+
+
+def _known_scale(loss_scale: float | str | None) -> float | None:
+    """Return the factor of the loss, None where it is unknown."""
+    if loss_scale is None:
+        return 1.0
+    return loss_scale if isinstance(loss_scale, float) else None
 
 
 def _given(tensor: Tensor | None) -> Tensor:

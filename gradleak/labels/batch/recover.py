@@ -54,6 +54,7 @@ def recover_batch(
             None if options.method == "scale" else grad_bias,
             rank=rank,
             samples=samples,
+            loss_scale=options.loss_scale or 1.0,
         )
         families = [family for family in options.families if family.support <= _LARGEST_SUPPORT]
         dice = torch.Generator(device=grad_weight.device).manual_seed(options.seed)

@@ -22,10 +22,14 @@ _STARTS, _MORE = 8, 16
 _STEPS, _REFINEMENTS = 40, 15
 # In what is left of a subspace, ‖r‖²/‖c‖² and |aᵀS⁻¹c/M − 1| below which an end is worth a look.
 _PROMISING, _NEARLY = 1e-7, 1e-2
+# Roundings of the samples taken out that blur the others, and ‖r‖²/‖c‖² they may lead to at most.
+_BLUR, _BLURRED = 128.0, 1e-3
 # In the whole one: an end is a sample if both are within this many standard deviations.
 _SIGMAS = 8.0
 _MEMBER = 1e-3
 _DISTINCT = 1e-2
+# Ends of a descent this near each other, relative, have met.
+_SAME = 1e-3
 # Rounding of a float32 softmax cross-entropy, in units of the roundoff.
 _SOFTMAX_ROUNDINGS = 4.0
 
@@ -121,20 +125,35 @@ def _search(
 ) -> Roots:
     """Descend from the starts of a round, and return the samples among the ends."""
     count = (_STARTS * left.size + _MORE) * (1 + round_)
-    starts = propose(left, family.support, family.base, count)
+    starts = propose(left, family.support, family.base, count, wide=round_ > 0)
     a = starts.a
     if round_ > 0:
         wobble = torch.randn(a.shape, generator=generator, dtype=a.dtype, device=a.device)
         a = a + (0.2 * round_ / left.size**0.5) * a.norm(dim=1, keepdim=True) * wobble
     ends = Equations(left, family.base).descend(a, starts.classes, _STEPS)
-    good = (ends.misfit < _PROMISING) | (excess_of(left, ends) < _SIGMAS**2)
+    good = (ends.misfit < _promising(whole, left)) | (excess_of(left, ends) < _SIGMAS**2)
     good &= _member(left, ends, _NEARLY)
-    ends = _distinct(left, ends.take(good), [])
+    ends = _different(ends.take(good), 2 * left.size + _MORE)
     if not len(ends.a):
         return ends
     back = ends.a @ left.turn.T
     refined = Equations(whole, family.base).descend(back, ends.classes, _REFINEMENTS)
     return refined.take(belongs(whole, refined))
+
+
+def _different(ends: Roots, most: int) -> Roots:
+    """Keep the best of the ends that met at one point, and ``most`` of the points."""
+    ends = ends.take(ends.misfit.argsort())
+    size = ends.a.norm(dim=1)
+    near = torch.cdist(ends.a, ends.a) < _SAME * torch.minimum(size, size[:, None])
+    first = ~near.tril(-1).any(1)
+    return ends.take(first.nonzero()[:most, 0])
+
+
+def _promising(whole: Subspace, left: Subspace) -> float:
+    """Return the ‖r‖²/‖c‖² of a sample in what is left, which the rounding of the others blurs."""
+    blur = _BLUR * whole.unit * float(whole.values[0] / left.values[-1])
+    return max(_PROMISING, min(blur**2, _BLURRED))
 
 
 def belongs(whole: Subspace, roots: Roots) -> Tensor:

@@ -17,14 +17,19 @@ from torch import Tensor
 from gradleak.labels.batch.roots import span
 from gradleak.labels.batch.subspace import Subspace
 
-# The feature is the row's over the label's entry there.
+# The feature is the row's over y_k − p_k.
 _SCALES = (0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 6.0)
-# Where the loss is of unknown scale: ranges of the logits, from nearly none to saturation.
-_RANGES, _FROM, _TO = 16, 0.1, 60.0
+# That is tiny where the network knows the class, and negative where it is surer of it than a
+# smoothed label; and nothing is known of it where the loss is of unknown scale. Then: ranges of the
+# logits, from nearly none to saturation.
+_RANGES, _FROM, _TO = 18, 0.1, 100.0
 # Classes that propose, by the size of their part of the gradient: some, and some for each sample.
 _PROPOSERS, _PROPOSERS_EACH = 64, 8
 _KEPT_SCALES = 3
-_SMALLEST = 0.01
+_SMALLEST, _PENALTY = 0.01, 10.0
+_MEMBERS = 0.1
+# So few samples left are looked at in float64.
+_DOUBLE = 8
 _TINY = 1e-9
 
 
@@ -40,8 +45,11 @@ class Starts:
     misfit: Tensor
 
 
-def propose(subspace: Subspace, size: int, base: bool, count: int) -> Starts:
-    """Return the ``count`` most promising starts with supports of ``size`` 1 or 2."""
+def propose(subspace: Subspace, size: int, base: bool, count: int, *, wide: bool = False) -> Starts:
+    """Return the ``count`` most promising starts with supports of ``size`` 1 or 2.
+
+    ``wide`` looks at the samples that the network knows well, too.
+    """
     rows = subspace.left * subspace.values
     sums = rows @ subspace.right.sum(0)
     # Rows of classes outside every label are averages of the features, weighted by p.
@@ -50,13 +58,16 @@ def propose(subspace: Subspace, size: int, base: bool, count: int) -> Starts:
     proposers = min(_PROPOSERS + _PROPOSERS_EACH * subspace.size, len(rows))
     first = direction.norm(dim=1).topk(proposers).indices
     direction = direction[first]
-    if not subspace.mass_known:
-        return _keep(subspace, _at_ranges(subspace, direction), first, size, base, count)
-    scales = torch.tensor(_SCALES, dtype=rows.dtype, device=rows.device)
-    if subspace.unit_row is not None:  # a bias gradient knows the scale, up to what the row blurs
-        one = direction @ subspace.unit_row
-        direction = torch.where((one > 0)[:, None], direction / one[:, None].abs(), direction)
-        scales = scales[:4]
+    row = subspace.unit_row
+    if row is not None:  # a bias gradient knows the scale, up to what the row blurs
+        one = direction @ row
+        usable = one.abs() > 1e-9 * direction.norm(dim=1) if wide else one > 0
+        direction = torch.where(usable[:, None], direction / one[:, None], direction)
+    elif wide or not subspace.mass_known:
+        a = _at_ranges(subspace, direction)
+        a = torch.cat([a, -a]) if wide else a
+        return _keep(subspace, a, first, size, base, count, members=subspace.mass_known)
+    scales = direction.new_tensor(_SCALES if row is None else _SCALES[:4])
     a = scales[:, None, None] * direction
     return _keep(subspace, a, first, size, base, count)
 
@@ -71,10 +82,21 @@ def _at_ranges(subspace: Subspace, direction: Tensor) -> Tensor:
 
 
 def _keep(
-    subspace: Subspace, a: Tensor, first: Tensor, size: int, base: bool, count: int
+    subspace: Subspace,
+    a: Tensor,
+    first: Tensor,
+    size: int,
+    base: bool,
+    count: int,
+    *,
+    members: bool = False,
 ) -> Starts:
-    """Weigh all starts and keep the best few scales of a class, and the best of all those."""
-    best = _weigh(subspace, a, first, size, base)
+    """Weigh all starts and keep the best few scales of a class, and the best of all those.
+
+    With ``members`` a start is the worse the further aᵀS⁻¹c / M is from one, as it is where the
+    softmax saturates.
+    """
+    best = _weigh(subspace, a, first, size, base, _MEMBERS if members else 0.0)
     value, at = best.misfit.topk(_KEPT_SCALES, 0, largest=False)
     classes = torch.gather(best.classes, 0, at[..., None].expand(*at.shape, size))
     a = torch.gather(a, 0, at[..., None].expand(*at.shape, a.shape[-1]))
@@ -82,53 +104,99 @@ def _keep(
     return Starts(a.flatten(0, 1)[order], classes.flatten(0, 1)[order], value.flatten()[order])
 
 
-def _weigh(subspace: Subspace, a: Tensor, first: Tensor, size: int, base: bool) -> Starts:
+@dataclass(frozen=True)
+class _Fit:
+    """p at coordinates ``a`` (T, M, n), and what is needed to fit labels to it over span(Q).
+
+    ``projected`` (T, M, n) is Qᵀp, ``pull`` (T, M, C) K p, ``own`` (C,) the diagonal of K,
+    ``energy`` (T, M) ‖K p‖², ``index`` (T, M, 1) the proposing class. ``floor`` (T, M) is what
+    rounding leaves of a saturated softmax, whose δ is zero: no fit.
+    """
+
+    a: Tensor
+    q: Tensor
+    p: Tensor
+    projected: Tensor
+    pull: Tensor
+    own: Tensor
+    energy: Tensor
+    index: Tensor
+    floor: Tensor
+
+
+def _weigh(
+    subspace: Subspace, a: Tensor, first: Tensor, size: int, base: bool, members: float
+) -> Starts:
     """Fit the label to p at coordinates ``a`` (T, M, n) with the class ``first`` (M,) in it.
 
-    Ranking needs no more than float32.
+    ``members`` is the weight of (aᵀS⁻¹c / M − 1)², which counts up to one. Ranking needs no more
+    than float32, as long as δ is not much smaller than p.
     """
-    q = span(subspace, base).float()
-    p = torch.softmax(a.float() @ subspace.logits.T.float() + subspace.bias.float(), -1)
+    dtype = torch.float64 if subspace.size <= _DOUBLE else torch.float32
+    q = span(subspace, base).to(dtype)
+    logits = a.to(dtype) @ subspace.logits.T.to(dtype) + subspace.bias.to(dtype)
+    p = torch.softmax(logits, -1)
     projected = p @ q
-    pull = p - projected @ q.T  # K p
-    own = (1.0 - q.square().sum(1)).clamp(min=_TINY)
-    energy = pull.square().sum(-1)
-    index = first.expand(len(a), -1)[..., None]
-    x = pull.gather(-1, index)
-    kx = own[first][:, None]
-    if size == 1:
-        weight = (x / kx) if base else torch.ones_like(x)
-        misfit = energy - (2.0 * weight * x - weight.square() * kx).squeeze(-1)
-        c = projected - weight * q[first]
-        c2 = c[..., : subspace.size].square().sum(-1)
-        misfit = misfit / c2 + 10.0 * (weight < _SMALLEST).squeeze(-1)
-        return Starts(a, index, misfit)
-    kxy = -(q[first] @ q.T)
-    y, ky = pull, own
+    pull = p - projected @ q.T
+    fit = _Fit(
+        a=a,
+        q=q,
+        p=p,
+        projected=projected,
+        pull=pull,
+        own=(1.0 - q.square().sum(1)).clamp(min=_TINY),
+        energy=pull.square().sum(-1),
+        index=first.expand(len(a), -1)[..., None],
+        floor=4.0 * torch.finfo(dtype).eps * p.square().sum(-1),
+    )
+    return (_weigh_one if size == 1 else _weigh_pairs)(subspace, fit, first, base, members)
+
+
+def _weigh_one(subspace: Subspace, fit: _Fit, first: Tensor, base: bool, members: float) -> Starts:
+    """Fit a label on the proposing class alone."""
+    x, kx = fit.pull.gather(-1, fit.index), fit.own[first][:, None]
+    weight = (x / kx) if base else torch.ones_like(x)
+    c = (fit.projected - weight * fit.q[first])[..., : subspace.size]
+    misfit = fit.energy - (2.0 * weight * x - weight.square() * kx).squeeze(-1)
+    misfit = (misfit.clamp(min=0.0) + fit.floor) / c.square().sum(-1).clamp(min=_TINY)
+    misfit = misfit + _PENALTY * (weight < _SMALLEST).squeeze(-1)
+    if members:
+        share = subspace.membership(fit.a.flatten(0, 1), c.flatten(0, 1)).view_as(misfit)
+        misfit = misfit + members * (share - 1.0).square().clamp(max=1.0)
+    return Starts(fit.a, fit.index, misfit)
+
+
+def _weigh_pairs(
+    subspace: Subspace, fit: _Fit, first: Tensor, base: bool, members: float
+) -> Starts:
+    """Fit a label on the proposing class i and every other j, and keep the best j."""
+    x, kx = fit.pull.gather(-1, fit.index), fit.own[first][:, None]
+    y, ky = fit.pull, fit.own
+    kxy = -(fit.q[first] @ fit.q.T)
     if base:
         determinant = (kx * ky - kxy.square()).clamp(min=_TINY)
         alpha, beta = (x * ky - kxy * y) / determinant, (y * kx - kxy * x) / determinant
     else:
         alpha = ((x - y) - (kxy - ky)) / (kx + ky - 2.0 * kxy).clamp(min=_TINY)
         beta = 1.0 - alpha
-    fit = 2.0 * (alpha * x + beta * y)
-    fit = fit - alpha.square() * kx - beta.square() * ky - 2.0 * alpha * beta * kxy
+    gain = 2.0 * (alpha * x + beta * y)
+    gain = gain - alpha.square() * kx - beta.square() * ky - 2.0 * alpha * beta * kxy
+    rest = fit.energy[..., None] - gain
     # The delta's size: ‖c‖² = ‖δ‖² − ‖r‖², and ‖δ‖² needs p and the label alone.
-    total = p.square().sum(-1, keepdim=True) if not base else _spread(p)
-    pi = p.gather(-1, index)
     shift = 1.0 / subspace.classes if base else 0.0
-    delta = total - 2.0 * (alpha * (pi - shift) + beta * (p - shift))
+    delta = (fit.p - shift).square().sum(-1, keepdim=True)
+    delta = delta - 2.0 * (alpha * (fit.p.gather(-1, fit.index) - shift) + beta * (fit.p - shift))
     delta = delta + alpha.square() + beta.square() - shift * (alpha + beta).square()
-    rest = energy[..., None] - fit
-    misfit = rest / (delta - rest).clamp(min=_TINY)
+    misfit = (rest.clamp(min=0.0) + fit.floor[..., None]) / (delta - rest).clamp(min=_TINY)
     # A pair of which one class gets nothing is no pair.
-    misfit = misfit + 10.0 * ((alpha < _SMALLEST) | (beta < _SMALLEST))
-    misfit.scatter_(-1, index, torch.inf)
+    misfit = misfit + _PENALTY * ((alpha < _SMALLEST) | (beta < _SMALLEST))
+    if members:
+        n = subspace.size
+        along = (fit.a / subspace.values / subspace.mass).to(fit.p.dtype)
+        share = along @ fit.q[:, :n].T
+        total = torch.linalg.vecdot(along, fit.projected[..., :n])[..., None]
+        share = total - alpha * share.gather(-1, fit.index) - beta * share
+        misfit = misfit + members * (share - 1.0).square().clamp(max=1.0)
+    misfit.scatter_(-1, fit.index, torch.inf)
     value, second = misfit.min(-1)
-    classes = torch.stack([first.expand_as(second), second], -1)
-    return Starts(a, classes, value)
-
-
-def _spread(p: Tensor) -> Tensor:
-    """Return (..., 1) Σ (p − 1/C)²."""
-    return (p - 1.0 / p.shape[-1]).square().sum(-1, keepdim=True)
+    return Starts(fit.a, torch.stack([first.expand_as(second), second], -1), value)

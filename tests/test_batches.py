@@ -1,0 +1,410 @@
+"""Every sample of a batch comes out of the head's gradient: label and feature, whatever family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_cli, run_shell
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from photographs import centre, crops, photograph
+from test_labels_single import pretrained
+from torch import Tensor
+from torch.nn import functional as F
+
+from gradleak.bundle import FEATURE, GRAD, LABEL, Bundle
+from gradleak.errors import IncompleteError, InputError, UsageError
+from gradleak.labels.single import recover_single
+from gradleak.labels.verdict import LabelResult
+from gradleak.metrics import match_samples
+from gradleak.models.build import build_model
+from gradleak.softlabels import MIXED, soft_label
+from gradleak.stages.capture import Capture, capture
+from gradleak.stages.feature import recover_feature
+from gradleak.stages.label import recover_label
+from gradleak.stages.score import score
+
+FAMILIES = ("hard", "smooth", "mixup", "mixup+smooth")
+EXACT_LABEL, EXACT_FEATURE = 1e-5, 1e-4
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def draw_labels(families: Sequence[str], classes: int, dice: torch.Generator) -> Tensor:
+    """Draw a soft label of each of ``families``; the first two samples share their first class."""
+    rows = []
+    for n, family in enumerate(families):
+        first, second, other = torch.randperm(classes, generator=dice)[:3].tolist()
+        first = 1 if n < 2 else first
+        second = other if second == first else second
+        weight = 0.55 + 0.4 * float(torch.rand((), generator=dice))
+        pairs = [(first, weight), (second, 1 - weight)] if "mixup" in family else [(first, 1.0)]
+        rows.append(soft_label(pairs, classes, 0.2 if "smooth" in family else 0.0))
+    return torch.stack(rows)
+
+
+@lru_cache(maxsize=32)
+def share(
+    families: tuple[str, ...], *, withhold: bool = True, classes: int = 100, seed: int = 0
+) -> Capture:
+    """Capture the head's gradient of photographs through a network with a random head."""
+    dice = torch.Generator().manual_seed(seed)
+    name = "lenet" if classes == 10 else "resnet18-cifar"
+    labels = draw_labels(families, classes, dice)
+    return capture(
+        build_model(name, classes=classes, seed=seed),
+        crops(32, len(families), dice),
+        labels,
+        head_only=True,
+        withhold_bias=withhold,
+        device="cpu",
+    )
+
+
+def check(captured: Capture, families: Sequence[str]) -> None:
+    """Attack a batch, and compare every label and feature with the truth."""
+    labelled = recover_label(captured.bundle, device="cpu")
+    result, count = labelled.result, len(captured.truth.labels)
+    assert result.verdict == "unique", result.reason
+    assert (result.batch_size, result.rank, len(result.samples)) == (count, count, count)
+    assert sorted(sample.family for sample in result.samples) == sorted(families)
+    assert result.family == (families[0] if len(set(families)) == 1 else MIXED)
+    assert result.residual is not None
+    assert result.residual <= 1e-6
+    featured = recover_feature(labelled.bundle, device="cpu")
+    assert (featured.verdict, featured.batch_size) == ("unique", count)
+    (layer,) = featured.layers
+    assert torch.equal(featured.bundle.tensor(FEATURE + layer.name), layer.features)
+    assert layer.residual == featured.residual <= 1e-6
+    scored = score(featured.bundle, truth=captured.truth)
+    assert scored.labels is not None
+    assert scored.found == count
+    assert max(scored.labels.max_error) <= EXACT_LABEL
+    assert all(scored.labels.top_k)
+    assert max(scored.features[layer.name]) <= EXACT_FEATURE
+
+
+# --- What is recovered --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("withhold", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_of_one_family(family: str, withhold: bool) -> None:
+    families = (family,) * 5
+    check(share(families, withhold=withhold), families)
+
+
+@pytest.mark.parametrize("withhold", [True, False])
+@pytest.mark.parametrize("count", [2, 4, 12])
+def test_families_may_be_mixed_in_one_batch(count: int, withhold: bool) -> None:
+    families = tuple(FAMILIES[n % 4] for n in range(count))
+    check(share(families, withhold=withhold, seed=count), families)
+
+
+def test_all_samples_may_be_of_one_class() -> None:
+    dice = torch.Generator().manual_seed(3)
+    model = build_model("resnet18-cifar", classes=100)
+    labels = soft_label([(7, 1.0)], 100)[None].expand(6, -1)
+    captured = capture(model, crops(32, 6, dice), labels, head_only=True, device="cpu")
+    check(captured, ("hard",) * 6)
+
+
+def test_a_trained_network_gives_its_batch_away() -> None:
+    model, spec = pretrained()
+    images = torch.cat([centre(name, 224) for name in ("chelsea", "coffee", "rocket")])
+    labels = torch.stack(
+        [
+            soft_label([(285, 1.0)], 1000, 0.1),  # an Egyptian cat, which the network sees
+            soft_label([(967, 0.7), (285, 0.3)], 1000),
+            soft_label([(967, 1.0)], 1000),  # a rocket, called espresso
+        ]
+    )
+    captured = capture(
+        model, images, labels, spec=spec, head_only=True, withhold_bias=True, device="cpu"
+    )
+    check(captured, ("smooth", "mixup", "hard"))
+
+
+# --- What is not, and is said -------------------------------------------------------------------
+
+
+def test_a_partial_answer_is_given_and_called_so() -> None:
+    captured = share(("hard", "smooth", "hard", "smooth"), seed=4)
+    labelled = recover_label(captured.bundle, family="hard", device="cpu")
+    result = labelled.result
+    assert (result.verdict, result.batch_size, len(result.samples)) == ("failed", 4, 2)
+    assert "2 of 4 samples were found" in result.reason
+    featured = recover_feature(labelled.bundle, device="cpu")
+    assert (featured.verdict, featured.batch_size) == ("failed", 4)
+    assert featured.reason == "the label they rest on is failed"
+    assert featured.layers[0].features.shape == (2, 512)
+    scored = score(featured.bundle, truth=captured.truth)
+    assert [index is None for index in scored.order] == [False, True, False, True]
+    assert scored.labels is not None
+    assert max(scored.labels.max_error) <= EXACT_LABEL
+    assert max(scored.features["fc"]) <= EXACT_FEATURE
+
+
+@pytest.mark.parametrize(("count", "solved"), [(8, True), (9, False), (12, False)])
+def test_too_few_classes_for_a_batch_leave_it_open(count: int, solved: bool) -> None:
+    captured = capture(
+        build_model("lenet"),
+        crops(32, count, torch.Generator().manual_seed(5)),
+        torch.arange(count) % 10,
+        withhold_bias=True,
+        device="cpu",
+    )
+    result = recover_label(captured.bundle, device="cpu").result
+    assert result.batch_size == count
+    # C − 1 equations a direction: with N = C − 1 samples there is none to spare.
+    assert result.verdict == ("unique" if solved else "unidentifiable"), result.reason
+    if solved:
+        assert result.labels is not None
+        assert result.labels.argmax(1).tolist() == list(range(8))
+    else:
+        assert f"{count} samples in 10 classes" in result.reason
+
+
+def test_the_number_of_samples_can_be_given() -> None:
+    captured = share(("hard", "smooth", "mixup"), seed=6)
+    bare = Bundle({name: captured.bundle.tensor(name) for name in captured.bundle})
+    one, other = (recover_label(bare, batch_size=n, device="cpu") for n in (None, 3))
+    assert (one.result.verdict, one.result.batch_size) == ("unique", 3)
+    assert one.result.labels is not None
+    assert other.result.labels is not None
+    assert torch.equal(one.result.labels, other.result.labels)
+    assert other.bundle.stages[-1]["arguments"]["batch_size"] == 3
+    assert recover_feature(other.bundle, device="cpu").verdict == "unique"
+    # Of four, one is not to be seen: two of equal features, perhaps.
+    four = recover_label(bare, batch_size=4, device="cpu").result
+    assert (four.verdict, four.batch_size, four.rank) == ("failed", 4, 3)
+    with pytest.raises(UsageError, match="batch size 0 is below 1"):
+        recover_label(bare, batch_size=0)
+
+
+def test_features_of_a_batch_end_at_the_head() -> None:
+    labels = torch.stack([soft_label([(k, 1.0)], 17, 0.1) for k in (3, 5)])
+    images = crops(16, 2, torch.Generator().manual_seed(0))
+    captured = capture(build_model("fcn4", size=16), images, labels, device="cpu")
+    outcome = recover_feature(recover_label(captured.bundle, device="cpu").bundle, device="cpu")
+    assert [layer.name for layer in outcome.layers] == ["fc4"]
+    assert outcome.stopped == "fc3: of a batch only the inputs of the head are recovered"
+    assert (outcome.verdict, outcome.batch_size) == ("failed", 2)
+    assert "1 of 4 Linear layers" in outcome.reason
+    scored = score(outcome.bundle, truth=captured.truth)
+    assert max(scored.features["fc4"]) <= EXACT_FEATURE
+
+
+# --- Labels that do not belong to the gradient --------------------------------------------------
+
+
+def test_labels_and_gradient_must_be_of_as_many_samples() -> None:
+    two, one = share(("hard", "smooth")), share(("smooth",))
+    labels = [recover_label(captured.bundle, device="cpu").bundle for captured in (two, one)]
+    of_two, of_one = (bundle.tensor(LABEL) for bundle in labels)
+    with pytest.raises(InputError, match="1 labels are given for a gradient of 2 samples"):
+        recover_feature(two.bundle.extended({LABEL: of_one}), device="cpu")
+    with pytest.raises(InputError, match="2 labels are given for a gradient of 1 samples"):
+        recover_feature(one.bundle.extended({LABEL: of_two}), device="cpu")
+
+
+def test_the_labels_of_another_batch_are_refused() -> None:
+    mine, other = share(("hard", "smooth")), share(("hard", "smooth"), seed=1)
+    labels = recover_label(other.bundle, device="cpu").bundle.tensor(LABEL)
+    with pytest.raises(InputError, match="the labels miss those of the head gradient by"):
+        recover_feature(mine.bundle.extended({LABEL: labels}), device="cpu")
+
+
+def test_features_stand_in_the_order_of_the_labels() -> None:
+    labelled = recover_label(share(("hard", "smooth", "mixup")).bundle, device="cpu").bundle
+    turned = labelled.extended({LABEL: labelled.tensor(LABEL).flip(0).contiguous()})
+    one, other = (recover_feature(b, device="cpu").layers[0].features for b in (labelled, turned))
+    assert torch.equal(one.flip(0), other)
+
+
+def test_nothing_is_found_with_the_weights_of_another_network() -> None:
+    mine, other = share(("smooth",) * 3), share(("smooth",) * 3, seed=1)
+    weights = {name: other.bundle.tensor(name) for name in other.bundle if name[:5] == "param"}
+    labelled = recover_label(mine.bundle.extended(weights), device="cpu")
+    assert labelled.result.verdict == "failed", labelled.result.reason
+    if LABEL in labelled.bundle:
+        assert len(labelled.bundle.tensor(LABEL)) < 3
+    else:
+        with pytest.raises(IncompleteError, match="holds no label/soft"):
+            recover_feature(labelled.bundle, device="cpu")
+
+
+# --- Laws ---------------------------------------------------------------------------------------
+
+laws = settings(max_examples=4, deadline=None, derandomize=True, database=None)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A head, the features (N, D) that enter it and soft labels (N, C), all float64."""
+
+    features: Tensor
+    weight: Tensor
+    bias: Tensor
+    labels: Tensor
+    withheld: bool
+
+    def attack(self, seed: int = 0) -> LabelResult:
+        """Share the gradients that autograd computes, and recover the batch from them."""
+        weight, bias = (t.clone().requires_grad_() for t in (self.weight, self.bias))
+        loss = F.cross_entropy(F.linear(self.features, weight, bias), self.labels)
+        grad_weight, grad_bias = torch.autograd.grad(loss, (weight, bias))
+        given = None if self.withheld else grad_bias
+        return recover_single(grad_weight, self.weight, bias=self.bias, grad_bias=given)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> Batch:
+    """Draw 2 to 5 photographs' pixels before a random head of 30 to 60 classes, any families."""
+    dice = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    classes, count = draw(st.integers(30, 60)), draw(st.integers(2, 5))
+    features = crops(6, count, dice).flatten(1).double()
+    weight = 0.1 * torch.randn(classes, features.shape[1], generator=dice).double()
+    bias = 0.1 * torch.randn(classes, generator=dice).double()
+    families = draw(st.lists(st.sampled_from(FAMILIES), min_size=count, max_size=count))
+    return Batch(features, weight, bias, draw_labels(families, classes, dice), draw(st.booleans()))
+
+
+def answer(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return labels and features of an attack, in the order of the true samples."""
+    result = batch.attack()
+    assert result.verdict == "unique", result.reason
+    assert result.labels is not None
+    assert result.features is not None
+    order = match_samples(result.labels, batch.labels, [(result.features, batch.features)])
+    return result.labels[order], result.features[order]
+
+
+def assert_same(one: Tensor, other: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(one, other, rtol=0.0, atol=tolerance)
+
+
+@laws
+@given(batches())
+def test_float64_gradients_give_labels_to_eleven_digits(batch: Batch) -> None:
+    labels, features = answer(batch)
+    assert_same(labels.sum(1), torch.ones(len(labels), dtype=torch.float64), 1e-12)
+    assert float(labels.min()) >= 0.0
+    assert_same(labels, batch.labels, 1e-11)
+    assert_same(features, batch.features, 1e-10)
+
+
+@laws
+@given(batches(), st.integers(0, 2**31))
+def test_the_order_of_classes_and_of_samples_does_not_matter(batch: Batch, seed: int) -> None:
+    dice = torch.Generator().manual_seed(seed)
+    classes = torch.randperm(batch.labels.shape[1], generator=dice)
+    rows = torch.randperm(len(batch.labels), generator=dice)
+    shuffled = Batch(
+        batch.features[rows],
+        batch.weight[classes],
+        batch.bias[classes],
+        batch.labels[rows][:, classes],
+        batch.withheld,
+    )
+    (labels, features), (moved, carried) = answer(batch), answer(shuffled)
+    assert_same(moved, labels[rows][:, classes], 1e-10)
+    assert_same(carried, features[rows], 1e-9)
+
+
+@laws
+@given(batches(), st.floats(-3.0, 3.0))
+def test_the_unit_of_the_features_does_not_matter(batch: Batch, decades: float) -> None:
+    factor = 10.0**decades
+    scaled = replace(batch, features=batch.features * factor, weight=batch.weight / factor)
+    (labels, features), (same, carried) = answer(batch), answer(scaled)
+    assert_same(same, labels, 1e-10)
+    assert_same(carried / factor, features, 1e-9)
+
+
+@laws
+@given(batches(), st.integers(0, 2**31), st.floats(-10.0, 10.0))
+def test_a_constant_on_all_logits_does_not_matter(batch: Batch, seed: int, shift: float) -> None:
+    dice = torch.Generator().manual_seed(seed)
+    row = 0.1 * shift * torch.randn(batch.weight.shape[1], generator=dice, dtype=torch.float64)
+    shifted = replace(batch, weight=batch.weight + row, bias=batch.bias + shift)
+    assert_same(answer(shifted)[0], answer(batch)[0], 1e-9)
+
+
+def test_a_seed_gives_one_answer_and_another_seed_the_same_labels() -> None:
+    bundle = share(("hard", "smooth", "mixup", "mixup+smooth")).bundle
+    runs = [recover_label(bundle, seed=seed, device="cpu").result for seed in (0, 0, 1)]
+    for other in runs[1:]:
+        assert other.labels is not None
+        assert runs[0].labels is not None
+        assert_same(runs[0].labels, other.labels, 0.0 if other is runs[1] else EXACT_LABEL)
+    assert [runs[0].samples, runs[0].residual] == [runs[1].samples, runs[1].residual]
+
+
+# --- From the shell -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("withhold", ["", "--withhold-bias"])
+def test_a_batch_goes_through_the_pipe(withhold: str, tmp_path: Path) -> None:
+    names = ("chelsea", "astronaut", "coffee", "rocket", "camera", "coins")
+    pictures = " ".join(f"--image {photograph(name)} --label {n}" for n, name in enumerate(names))
+    done = run_shell(
+        f"gradleak capture --model lenet --mixup 0.7 --smooth 0.1 {pictures} --truth t {withhold}"
+        " --classes 40 -q -o - | gradleak recover-label -q -o - | gradleak recover-feature -q -o -"
+        " | gradleak score --truth t --json",
+        tmp_path,
+    )
+    assert done.code == 0, done.err
+    assert done.object["found"] == 3
+    for sample in done.object["samples"]:
+        assert sample["label"]["max_error"] <= EXACT_LABEL
+        assert sample["features"]["fc"] <= EXACT_FEATURE
+
+
+def test_the_reports_of_a_batch(tmp_path: Path) -> None:
+    captured = share(("hard", "hard", "smooth"), seed=2)
+    path, truth = tmp_path / "b.safetensors", tmp_path / "t.safetensors"
+    captured.bundle.save(path)
+    captured.truth.save(truth)
+    partial = run_cli("recover-label", path, "--family", "hard", "--json", "-o", path)
+    assert (partial.code, partial.err) == (4, "")
+    assert (partial.object["batch_size"], len(partial.object["samples"])) == (3, 2)
+    done = run_cli("recover-feature", path, "--json", "-o", path)
+    assert (done.code, done.object["batch_size"]) == (4, 3)
+    (layer,) = done.object["layers"]
+    assert (layer["name"], layer["width"], len(layer["norms"])) == ("fc", 512, 2)
+    done = run_cli("score", path, "--truth", truth, "--json")
+    assert (done.code, done.object["found"]) == (0, 2)
+    assert [sample["recovered"] for sample in done.object["samples"]].count(None) == 1
+    shown = run_cli("score", path, "--truth", truth).text
+    assert "found 2 of 3" in shown
+    assert "missing" in shown
+
+
+def test_the_truth_beside_the_bundle_changes_nothing(tmp_path: Path) -> None:
+    captured = share(("hard", "smooth", "mixup"))
+    answers = []
+    for folder in ("alone", "beside"):
+        place = tmp_path / folder
+        place.mkdir()
+        captured.bundle.save(place / "grads.safetensors")
+        if folder == "beside":
+            captured.truth.save(place / "truth.safetensors")
+        labelled = recover_label(Bundle.open(place / "grads.safetensors"), device="cpu")
+        featured = recover_feature(labelled.bundle, device="cpu")
+        answers.append(featured.bundle)
+    alone, beside = answers
+    assert set(alone) == set(beside) >= {LABEL, FEATURE + "fc", GRAD + "fc.weight"}
+    for name in alone:
+        assert torch.equal(alone.tensor(name), beside.tensor(name)), name
