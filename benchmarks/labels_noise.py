@@ -155,13 +155,13 @@ def bounds(cell: Cell, cases: Cases, index: int) -> dict[str, float]:
     form, x eliminated by the Schur complement. :func:`check_bounds` compares with J itself.
     """
     information = fisher(cell, cases, index)
-    names = parameters(cases.family[index])
-    inverse = torch.linalg.inv(information) * cell.std**2
-    x = cases.feature[index]
-    found = {"s": float(x @ inverse[: len(x), : len(x)] @ x / x.square().sum()) ** 0.5}
-    for place, name in enumerate(names):
-        found[name] = float(inverse[len(x) + place, len(x) + place]) ** 0.5
-    return found
+    names, x = parameters(cases.family[index]), cases.feature[index]
+    wanted = torch.zeros(len(information), 1 + len(names), dtype=torch.float64)
+    wanted[: len(x), 0] = x / x.norm()
+    wanted[len(x) :, 1:] = torch.eye(len(names), dtype=torch.float64)
+    solved = torch.linalg.solve_triangular(torch.linalg.cholesky(information), wanted, upper=False)
+    errors = cell.std * torch.linalg.vector_norm(solved, dim=0)
+    return dict(zip(("s", *names), errors.tolist(), strict=True))
 
 
 def parameters(family: str) -> list[str]:

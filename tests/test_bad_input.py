@@ -109,19 +109,20 @@ def test_a_zero_gradient_is_unidentifiable(head_tensors: Tensors, save: Save) ->
     assert_refused(run_cli("recover-feature", save(labelled)), 4, "gradient is exactly zero")
 
 
-def test_a_batch_is_counted_and_not_solved(capture: Capture, tmp_path: Path) -> None:
-    names = ("chelsea", "coffee", "astronaut")
-    images = [x for name in names for x in ("--image", photographs.photograph(name))]
-    labels = [x for label in (1, 2, 3) for x in ("--label", label)]
+def test_a_batch_beyond_its_classes_is_counted_and_not_solved(
+    capture: Capture, tmp_path: Path
+) -> None:
+    photo = photographs.photographs()
+    images = [x for path in photo[:10] for x in ("--image", path)]
+    labels = [x for label in range(10) for x in ("--label", label)]
     path = capture(*images, *labels, model="lenet", size=32)
     out = tmp_path / "b.safetensors"
-    done = run_cli("recover-label", path, "--json", "-o", out)
+    done = run_cli("recover-label", path, "--method", "scale", "--json", "-o", out)
     found = done.object
     assert (done.code, done.err) == (4, "")
-    assert (found["verdict"], found["batch_size"]) == ("failed", 3)
-    assert "rank 3" in found["reason"]
+    assert (found["verdict"], found["batch_size"], found["rank"]) == ("unidentifiable", 10, 9)
     # The bundle is written all the same, with the verdict in its stages.
-    assert Bundle.open(out).stages[-1]["verdict"] == "failed"
+    assert Bundle.open(out).stages[-1]["verdict"] == "unidentifiable"
     assert "label/soft" not in Bundle.open(out)
     assert_refused(run_cli("recover-feature", out), 4, "run gradleak recover-label first")
 

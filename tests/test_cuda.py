@@ -15,6 +15,7 @@ from torch import Tensor
 from gradleak import bundle_of_step, capture, reconstruct, recover_feature, recover_label
 from gradleak.models.build import build_model
 from gradleak.reconstruction.options import MatchSettings
+from gradleak.softlabels import soft_label
 from gradleak.stages.label import LabelOutcome
 
 pytestmark = [
@@ -92,6 +93,29 @@ def test_features_of_one_gradient_agree(name: str) -> None:
     for one, other in zip(cpu.layers, cuda.layers, strict=True):
         assert one.name == other.name
         assert close(one.features, other.features.cpu(), 1e-5)
+
+
+@pytest.mark.parametrize("withheld", [True, False])
+def test_labels_and_features_of_a_batch_agree(withheld: bool) -> None:
+    model = build_model("resnet18-cifar", classes=100)
+    names = ("chelsea", "coffee", "rocket", "astronaut")
+    images = torch.cat([photographs.centre(name, 32) for name in names])
+    pairs = ([(3, 1.0)], [(3, 0.7), (8, 0.3)], [(5, 1.0)], [(9, 0.6), (5, 0.4)])
+    labels = torch.stack([soft_label(p, 100, 0.1 * (n > 1)) for n, p in enumerate(pairs)])
+    bundle = capture(model, images, labels, withhold_bias=withheld, device="cpu").bundle
+    found = [recover_label(bundle, device=device) for device in DEVICES]
+    cpu, cuda = (outcome.result for outcome in found)
+    assert (cpu.verdict, cuda.verdict, found[1].device) == ("unique", "unique", "cuda")
+    assert [s.classes for s in cpu.samples] == [s.classes for s in cuda.samples]
+    assert cpu.labels is not None
+    assert cuda.labels is not None
+    assert float((cpu.labels - cuda.labels).abs().max()) <= 1e-5
+    layers = [
+        recover_feature(outcome.bundle, device=device).layers
+        for outcome, device in zip(found, DEVICES, strict=True)
+    ]
+    assert layers[1][0].features.device.type == "cuda"
+    assert close(layers[0][0].features, layers[1][0].features.cpu(), 1e-5)
 
 
 def test_gradient_matching_comes_as_close() -> None:

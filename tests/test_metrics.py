@@ -166,6 +166,31 @@ def test_matching_undoes_a_shuffle_and_puts_lost_samples_last() -> None:
     assert assignment[2] == 0
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.integers(0, 3), st.integers(0, 2**31))
+def test_missing_samples_are_left_out_at_the_least_cost(some: int, more: int, seed: int) -> None:
+    dice = torch.Generator().manual_seed(seed)
+    recovered = torch.rand(some, 5, generator=dice).softmax(dim=1)
+    true = torch.rand(some + more, 5, generator=dice).softmax(dim=1)
+    assignment = match_samples(recovered, true)
+    assert sorted(assignment.tolist()) == [-1] * more + list(range(some))
+    places = itertools.permutations(range(some + more), some)
+    best = min(float((recovered - true[list(place)]).abs().sum()) for place in places)
+    there = assignment >= 0
+    assert float((recovered[assignment[there]] - true[there]).abs().sum()) == pytest.approx(best)
+
+
+def test_features_decide_between_samples_of_one_label() -> None:
+    labels = torch.stack([smooth(10, peak, 0.1) for peak in (3, 3, 3, 1)])
+    features = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 1.0], [0.0, 2.0]])
+    for order in itertools.permutations(range(4)):
+        shuffled = list(order)
+        # Labels that differ by rounding alone must not outweigh features that differ by a lot.
+        blurred = labels[shuffled] + 1e-9 * torch.arange(40).reshape(4, 10).sin()
+        assignment = match_samples(blurred, labels, [(features[shuffled], features)])
+        assert assignment.tolist() == [shuffled.index(n) for n in range(4)]
+
+
 def test_relative_error_is_in_units_of_the_truth() -> None:
     true = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 0.0]])
     recovered = torch.tensor([[3.0, 4.5], [0.0, 0.0], [0.0, 1.0]])
@@ -192,6 +217,8 @@ def test_shapes_that_differ_are_refused(photographs: torch.Tensor) -> None:
         for other in (photographs[:1], photographs[0], photographs[:, :, :32]):
             with pytest.raises(InputError, match="cannot be compared"):
                 compare(other, photographs)
+    with pytest.raises(InputError, match="features of 1 samples beside labels of 2"):
+        match_samples(torch.eye(2), torch.eye(2), [(torch.ones(1, 3), torch.ones(2, 3))])
     for compare in (label_errors, match_samples, relative_error):
         for wrong, true in ((torch.zeros(2, 3), torch.zeros(2, 4)), (torch.zeros(3),) * 2):
             with pytest.raises(InputError, match="cannot be compared"):

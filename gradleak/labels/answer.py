@@ -9,14 +9,11 @@ import torch
 from torch import Tensor
 
 from gradleak.errors import InputError
-from gradleak.labels.checks import not_softmax
+from gradleak.labels.checks import allowed_delta_sum, not_softmax
 from gradleak.labels.decide import Decision
 from gradleak.labels.factorise import Rank, RankOne
 from gradleak.labels.problem import ScaleProblem
 from gradleak.labels.verdict import LabelResult, dense_labels
-
-# Roundings by which the solved delta itself may fail to sum to zero: some, and some per class.
-_DELTA_SUM, _DELTA_SUM_EACH = 64.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,6 @@ def resimulate(
     # ‖G − δ xᵀ‖² splits along v: what the label misses of σ u, and what rank one misses of G.
     missed = problem.sigma[:, None] * problem.u - scale * delta
     along = torch.linalg.vector_norm(missed, dim=1) / problem.sigma
-    roundings = _DELTA_SUM + _DELTA_SUM_EACH * problem.classes
     return Solved(
         method=method,
         decisions=decisions,
@@ -58,7 +54,7 @@ def resimulate(
         residuals=torch.hypot(along, leading.residual).tolist(),
         delta_sums=delta.sum(1).abs().tolist(),
         delta_sizes=delta.abs().sum(1).tolist(),
-        allowed_sums=(roundings * leading.unit).tolist(),
+        allowed_sums=allowed_delta_sum(problem.classes, leading.unit).tolist(),
     )
 
 

@@ -14,6 +14,8 @@ from gradleak.labels.factorise import Rank, RankOne
 # Column sums that rounding explains: relative to the gradient, and in roundings of p times the
 # largest plausible mean feature, since a confident δ is no larger than the rounding of p itself.
 _COLUMN_SUMS, _ROUNDINGS, _LARGEST_FEATURE = 1e-3, 16.0, 100.0
+# Roundings by which a solved delta may fail to sum to zero: some, and some per class.
+_DELTA_SUM, _DELTA_SUM_EACH = 64.0, 1.0
 
 
 def column_sums(
@@ -40,6 +42,11 @@ def column_sums(
             allowed += 4.0 * rank.noise * math.sqrt(classes) * width
         found.append((total / size if size > 0.0 else 0.0, total <= allowed))
     return found
+
+
+def allowed_delta_sum(classes: int, unit: Tensor) -> Tensor:
+    """Return what of |Σ δ| rounding explains, for deltas of C classes and roundoffs ``unit``."""
+    return (_DELTA_SUM + _DELTA_SUM_EACH * classes) * unit
 
 
 def not_softmax(share: float) -> InputError:

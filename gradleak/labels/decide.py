@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gradleak.labels.fits import Fits
+from gradleak.labels.checks import allowed_delta_sum
 from gradleak.labels.problem import FamilyTable, ScaleProblem
-from gradleak.labels.refine import log_evidence
+from gradleak.labels.refine import Fits, log_evidence
 from gradleak.labels.search import scale_grid
 from gradleak.labels.verdict import Interval, SampleLabel, Verdict
 from gradleak.softlabels import ARBITRARY, Family, family_name
@@ -48,10 +48,16 @@ def decide(
     problem: ScaleProblem, fits: Fits, table: FamilyTable, *, scale_known: bool = False
 ) -> list[Decision]:
     """Weigh the candidates of each of the B problems and return one decision per problem."""
-    misfit = torch.where(fits.feasible, fits.chi2 / fits.freedom.clamp(min=1), math.inf)
+    feasible = fits.feasible
+    if problem.excess is not None:
+        # A scale at which δ does not sum to zero is an answer only where there is no other.
+        allowed = allowed_delta_sum(problem.classes, problem.unit)[:, None]
+        softmax = feasible & (problem.excess.abs() <= allowed * fits.scale.abs())
+        feasible = torch.where(softmax.any(1, keepdim=True), softmax, feasible)
+    misfit = torch.where(feasible, fits.chi2 / fits.freedom.clamp(min=1), math.inf)
     inflation = misfit.amin(1).clamp(min=1.0)
     evidence = torch.where(
-        fits.feasible & (misfit <= _ACCEPTABLE**2),
+        feasible & (misfit <= _ACCEPTABLE**2),
         log_evidence(problem, fits, table, inflation.clamp(max=_ACCEPTABLE**2)),
         -math.inf,
     )

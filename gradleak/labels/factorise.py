@@ -60,47 +60,89 @@ class Rank:
 def leading_triple(gradient: Tensor) -> RankOne:
     """Find the leading singular triple of gradients ``(B, C, D)`` by power iteration in float64.
 
-    A noiseless gradient of one sample has rank one and is exact after one sweep from its largest
-    row; only if a residual remains do further sweeps follow. A zero gradient gives σ = 0 and a
-    residual of 0.
+    A noiseless float32 gradient of one sample has rank one and is exact after one pass from its
+    largest row; only if a residual remains do further passes follow. A zero gradient gives σ = 0
+    and a residual of 0.
     """
     largest = gradient.abs().amax(2).argmax(1)  # not by a norm, whose squares could underflow
     v = gradient[torch.arange(len(gradient), device=gradient.device), largest].double()
-    v = _sweep(gradient, v / _nonzero(torch.linalg.vector_norm(v, dim=1, keepdim=True)))
     unit = effective_precisions(gradient)
-    found = _project(gradient, v, unit)
-    (left,) = torch.where(found.residual > _ROUNDINGS * unit)
+    found = _look(gradient, _normalised(v), unit)
+    (open_ended,) = torch.where((found.residual > _ROUNDINGS * unit) | (unit < _FLOAT32))
+    if len(open_ended):
+        _put(found, open_ended, _sweep_on(_rows(gradient, open_ended), found.at(open_ended)))
+    return found
+
+
+def _look(gradient: Tensor, v: Tensor, unit: Tensor) -> RankOne:
+    """Return the triple of gradients of rank one, of which ``v`` (B, D) is a row, in one pass.
+
+    The row has its own rounding e. In G v = σ u its effect is of the order e², in the residual
+    ‖G‖² − ‖G v‖², taken row by row lest it drowns in rounding, it is σ²e² and goes again.
+    """
+    parts = []
+    out, left = torch.zeros_like(v), torch.zeros_like(v[:, 0])
+    for _, block in wide_blocks(gradient):
+        along = block @ v[:, :, None]
+        parts.append(along)
+        out += (along.mT @ block).squeeze(1)
+        norms = torch.linalg.vector_norm(block, dim=2)
+        left += (norms.square() - along.squeeze(-1).square()).sum(1)
+    u = torch.cat(parts, 1).squeeze(-1)
+    sigma = torch.linalg.vector_norm(u, dim=1)
+    found = _normalised(out)
+    shift = found - v
+    left = (left - sigma.square() * torch.linalg.vecdot(shift, shift)).clamp_(min=0.0)
+    return _oriented(u, sigma, found, left, unit)
+
+
+def _sweep_on(gradient: Tensor, start: RankOne) -> RankOne:
+    """Measure the residual of ``start`` itself, and iterate where it is more than rounding."""
+    found = _project(gradient, start.v, start.unit)
+    (left,) = torch.where(found.residual > _ROUNDINGS * found.unit)
     if not len(left):
         return found
-    rest, v = (gradient, v) if len(left) == len(gradient) else (gradient[left], v[left])
+    rest, v = _rows(gradient, left), found.v[left]
     for _ in range(_SWEEPS):
         v = _sweep(rest, v)
-    swept = _project(rest, v, unit[left])
+    swept = _project(rest, v, found.unit[left])
     # float64 on the outside, float32 in the making: its rounding is no second sample.
     coarse = (swept.unit < _FLOAT32) & (swept.residual > _ROUNDINGS * swept.unit)
     coarse &= swept.residual <= _ROUNDINGS * _FLOAT32
     swept.unit[coarse] = _FLOAT32
-    for name, value in vars(found).items():
-        value[left] = getattr(swept, name)
+    _put(found, left, swept)
     return found
+
+
+def _rows(gradient: Tensor, index: Tensor) -> Tensor:
+    return gradient if len(index) == len(gradient) else gradient[index]
+
+
+def _put(into: RankOne, index: Tensor, found: RankOne) -> None:
+    for name, value in vars(into).items():
+        value[index] = getattr(found, name)
 
 
 def _project(gradient: Tensor, v: Tensor, unit: Tensor) -> RankOne:
     """Return u and σ of G v = σ u, and what σ u vᵀ leaves of G, in one pass over it."""
-    v = torch.where(v.sum(1, keepdim=True) < 0, -v, v)
     parts = []
     left = torch.zeros_like(v[:, 0])
     for _, block in wide_blocks(gradient):
         along = block @ v[:, :, None]
         parts.append(along)
         rest = block.addcmul_(along, v[:, None, :], value=-1.0).flatten(1)
-        left = left + (rest[:, None] @ rest[..., None]).flatten()
+        left += (rest[:, None] @ rest[..., None]).flatten()
     u = torch.cat(parts, 1).squeeze(-1)
-    sigma = torch.linalg.vector_norm(u, dim=1)
+    return _oriented(u, torch.linalg.vector_norm(u, dim=1), v, left, unit)
+
+
+def _oriented(u: Tensor, sigma: Tensor, v: Tensor, left: Tensor, unit: Tensor) -> RankOne:
+    """Return the triple of G v = ``u`` with Σ v ≥ 0; ``left`` is the square of the residual."""
+    sign = torch.where(v.sum(1, keepdim=True) < 0, -1.0, 1.0).to(v.dtype)
     return RankOne(
-        u=u / _nonzero(sigma)[:, None],
+        u=u * (sign / _nonzero(sigma)[:, None]),
         sigma=sigma,
-        v=v,
+        v=v * sign,
         residual=(left / _nonzero(sigma.square() + left)).sqrt(),
         unit=unit,
     )
@@ -203,7 +245,11 @@ def _sweep(gradient: Tensor, v: Tensor) -> Tensor:
     out = torch.zeros_like(v)
     for _, block in wide_blocks(gradient):
         out = out + ((block @ v[:, :, None]).mT @ block).squeeze(1)
-    return out / _nonzero(torch.linalg.vector_norm(out, dim=1, keepdim=True))
+    return _normalised(out)
+
+
+def _normalised(v: Tensor) -> Tensor:
+    return v / _nonzero(torch.linalg.vector_norm(v, dim=1, keepdim=True))
 
 
 def _nonzero(norm: Tensor) -> Tensor:

@@ -15,15 +15,17 @@ A bias gradient is one more column of G that multiplies the constant 1: [G g_b] 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
-_CG_STEPS, _CG_TOLERANCE = 200, 1e-5
+_CG_STEPS, _CG_TOLERANCE = 200, 1e-6
 _TINY, _DAMPING = 1e-300, 1e-12
+# float64 sums of squares resolve no noise smaller than this, relative to the whole gradient.
+_RESOLVED = 1e-7
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Observation:
     """B noisy head gradients, float64, made to sum to zero over the classes, where δ lives.
 
     ``gradient`` and ``weight`` are (B, C, D), ``bias`` (B, C), ``grad_bias`` (B, C) or None,
-    ``noise`` (B,) the standard deviation of one entry of either gradient, ``squares`` (B,) the
-    sum of the squares of all of them.
+    ``noise`` (B,) the standard deviation of one entry of either gradient, or the
+    least that can be told from none, ``squares`` (B,) the sum of the squares of all of them.
     """
 
     gradient: Tensor
@@ -64,7 +66,7 @@ class Observation:
             weight=weight.double(),
             bias=torch.zeros_like(wide[..., 0]) if bias is None else bias.double(),
             grad_bias=grad_bias,
-            noise=noise.double(),
+            noise=torch.maximum(noise.double(), _RESOLVED * squares.sqrt()),
             squares=squares,
         )
 
@@ -84,6 +86,10 @@ class Observation:
             squares=self.squares[index],
         )
         return part, None if gram is None else gram[index]
+
+    def with_noise(self, noise: Tensor) -> Observation:
+        """Return the observations with another ``noise`` (B,)."""
+        return replace(self, noise=torch.maximum(noise, _RESOLVED * self.squares.sqrt()))
 
     def gram(self) -> Tensor | None:
         """Return W Wᵀ (B, C, C) where it is smaller than W itself, else None."""

@@ -11,12 +11,13 @@ from gradleak.labels.gaussian import Fields, Linear, Model, Observation, lineari
 
 _STEPS, _HALVINGS = 30, 6
 # Steps smaller than this part of a standard error change nothing.
-_CONVERGED = 1e-2
+_CONVERGED = 1e-4
 # A hypothesis that is this many squared standard deviations behind another one, and whose steps
 # do not promise to make up for it, is not climbed any further; none is after so many steps.
 _BEHIND, _PATIENCE = 200.0, 10
-# Rounding of the sum of squares, relative to that of the gradient.
-_ROUNDING = 1e-14
+# Rounding of the sum of squares, relative to that of the gradient; after so many steps, one that
+# moves by no more has arrived.
+_ROUNDING, _LAST = 1e-14, 5
 _LARGEST_STEP, _SMALLEST_FACTOR = 0.5, 0.3
 _TINY = 1e-300
 
@@ -50,7 +51,7 @@ def maximise(seen: Observation, start: Model, *, loss_scale_free: bool = False) 
     for count in range(_STEPS):
         behind = now.squares - now.squares.nan_to_num(torch.inf).amin(1, keepdim=True)
         hopeless = behind > _BEHIND * variance + (2.0 * now.promise if count < _PATIENCE else 0.0)
-        arrived = now.move <= _CONVERGED**2 * variance + rounding
+        arrived = now.move <= _CONVERGED**2 * variance + (rounding if count >= _LAST else 0.0)
         active = ~(stalled | hopeless | arrived) & now.move.isfinite()
         if not bool(active.any()):
             break

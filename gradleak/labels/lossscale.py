@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,47 +28,58 @@ from gradleak.softlabels import ARBITRARY, Family
 _BELOW, _ABOVE, _POINTS = 4, 6, 6
 # Roundings of a probability: a few, and as many as the logits are large.
 _ROUNDINGS = 4.0
-# float64 sums of squares resolve no noise smaller than this, relative to the gradient.
-_RESOLVED = 1e-8
+# Range of the logits beyond which a softmax is saturated.
+_SATURATED = 200.0
 
 
-def solve_unknown_scale(seen: Observation, unit: Tensor, families: Sequence[Family]) -> Solved:
+def solve_unknown_scale(
+    seen: Observation, unit: Tensor, exact: Sequence[bool], families: Sequence[Family]
+) -> Solved:
     """Answer for B gradients of one sample each whose loss scale γ is unknown.
 
-    ``unit`` (B,) is the roundoff of their precision, which stands in for the noise where that is 0.
+    ``unit`` (B,) is the roundoff of their precision, the noise of those that are ``exact``.
     """
     table = FamilyTable.of(families, unit.device)
     decisions, features = [], []
     for b in range(len(unit)):
         rows = torch.tensor([b], device=unit.device)
         one, _ = seen.rows(rows, None)
-        decision, feature = _solve_one(one, unit[rows], families, table)
+        decision, feature = _solve_one(one, unit[rows], exact[b], families, table)
         decisions.append(decision)
         features.append(feature)
     return laid_out(seen, decisions, torch.stack(features))
 
 
 def _solve_one(
-    seen: Observation, unit: Tensor, families: Sequence[Family], table: FamilyTable
+    seen: Observation, unit: Tensor, exact: bool, families: Sequence[Family], table: FamilyTable
 ) -> tuple[Decision, Tensor]:
-    exponents = torch.arange(-_BELOW * _POINTS, _ABOVE * _POINTS + 1, device=unit.device)
-    grid = torch.pow(10.0, exponents.double() / _POINTS)
-    exact = bool(seen.noise == 0.0)
     if exact:
-        seen = replace(seen, noise=_rounding(seen, unit, seen.squares.sqrt(), 1.0))
+        seen = seen.with_noise(_rounding(seen, unit, seen.squares.sqrt(), 1.0))
     factors = factorise_noisy(seen, unit)
+    grid = _grid(factors)
     found = find_maxima(seen, factors, table, loss_scales=grid)
-    if exact:  # once more with the rounding that the answer's own logits and feature explain
-        best = int(found.chi2.nan_to_num(math.inf).argmin())
+    best = int(found.chi2.nan_to_num(math.inf).argmin())
+    if exact:  # the rounding that the answer's own logits and feature explain
         size = (found.loss_scale * found.scale.abs())[:, best]
         logits = seen.weight[0] @ found.feature[0, best] + seen.bias[0]
-        seen = replace(seen, noise=_rounding(seen, unit, size, float(logits.abs().amax())))
-        around = found.loss_scale[0, best] * grid[(grid > 0.1) & (grid < 10.0)]
-        found = find_maxima(seen, factors, table, loss_scales=around)
+        seen = seen.with_noise(_rounding(seen, unit, size, float(logits.abs().amax())))
+    # Once more with every family at the loss scale that one of them found.
+    grid = torch.cat([grid, found.loss_scale[0, best, None]])
+    found = find_maxima(seen, factors, table, loss_scales=grid)
     (choice,) = weigh(found, families, seen.classes, loss_scale_free=True)
     if choice is not None:
         return choice.decision, found.feature[0, choice.index]
     return _of_no_family(seen, factors)
+
+
+def _grid(factors: Factors) -> Tensor:
+    """Return (K,) loss scales at which the smallest feature does not yet saturate the softmax."""
+    a = factors.problem.a
+    exponents = torch.arange(-_BELOW * _POINTS, _ABOVE * _POINTS + 1, device=a.device)
+    grid = torch.pow(10.0, exponents.double() / _POINTS)
+    logits = factors.problem.smallest_scale() * (a.amax(1) - a.amin(1)) / grid
+    kept = grid[logits < _SATURATED]
+    return kept if len(kept) else grid[-1:]
 
 
 def _rounding(seen: Observation, unit: Tensor, size: Tensor, logit: float) -> Tensor:
@@ -77,10 +87,7 @@ def _rounding(seen: Observation, unit: Tensor, size: Tensor, logit: float) -> Te
 
     It is that of p, a few units and as many as the largest ``logit``.
     """
-    entries = seen.gradient[0].numel()
-    least = _RESOLVED * seen.squares.sqrt() / math.sqrt(entries)
-    rounding = (_ROUNDINGS + logit) * unit * size / math.sqrt(seen.gradient.shape[2])
-    return torch.maximum(rounding, least)
+    return (_ROUNDINGS + logit) * unit * size / math.sqrt(seen.gradient.shape[2])
 
 
 def _of_no_family(seen: Observation, factors: Factors) -> tuple[Decision, Tensor]:

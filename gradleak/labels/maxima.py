@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradleak.labels.factorise import leading_triple
-from gradleak.labels.fits import Fits
 from gradleak.labels.gaussian import Model, Observation, squares_of, take
 from gradleak.labels.likelihood import Estimate, maximise
 from gradleak.labels.problem import FamilyTable, ScaleProblem
-from gradleak.labels.refine import describe, refine
+from gradleak.labels.refine import Fits, describe, refine
 from gradleak.labels.search import find_candidates
 
 # Candidates that are climbed besides the best one of every family.

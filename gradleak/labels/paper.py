@@ -204,13 +204,13 @@ def _verdict(stop: _Stop, found: Search, judged: LabelResult) -> tuple[Verdict, 
     """Compare the label at which the search stopped with what the gradient determines."""
     accepted = f"accepted at λ = {found.scale:.4g} with a loss of {found.loss:.2g}"
     family, support = stop.sample.family, len(stop.sample.classes)
-    if judged.labels is None:
-        kind = PaperFailure.WRONG_FAMILY
-        return "failed", f"{kind.value}: {accepted}, but no {family} label fits the gradient"
     outside = stop.label < stop.label.topk(support).values[-1]
     if float(stop.y[outside].var()) >= _TRIVIAL * float(stop.delta[outside].var()):
         kind = PaperFailure.TRIVIAL_ZERO
         return "failed", f"{kind.value}: {accepted}, where the softmax is saturated"
+    if judged.labels is None:
+        kind = PaperFailure.WRONG_FAMILY
+        return "failed", f"{kind.value}: {accepted}, but no {family} label fits the gradient"
     if judged.verdict != "unique":
         return judged.verdict, f"{accepted}, but {judged.reason}"
     apart = float((stop.label - judged.labels[0].to(stop.label.device)).abs().max())

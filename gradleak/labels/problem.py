@@ -101,7 +101,7 @@ class ScaleProblem:
     def _with_excess(self, p: Tensor, scale: Tensor) -> Tensor:
         if self.excess is None:
             return p
-        return p.mul_((1.0 + self.excess / scale)[..., None])
+        return p.addcmul_(p, (self.excess / scale)[..., None])
 
     def variance(self, point: Point) -> Tensor:
         """Return (B, M, C) the variance of y(s): rounding of p, δ and y, and the additive noise."""

@@ -16,13 +16,8 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
-from gradleak.labels.fits import Fits, side_by_side
 from gradleak.labels.problem import FamilyTable, Point, ScaleProblem, largest_first
 
-# Candidates of a family after the first look at each and after the first step of the remaining.
-_PROMISING, _SURVIVORS = 3, 2
-# What a Gauss–Newton step promises is believed but for this part of the residual.
-_DOUBT = 0.01
 # Steps of the weighted descent. One is needed while it gains more than _GAIN in χ², and either
 # a fit is in reach, χ² per class below _HOPELESS, or χ² still falls by the factor _FALLS.
 _STEPS, _GAIN, _HOPELESS, _FALLS = 8, 0.05, 100.0, 0.1
@@ -32,7 +27,6 @@ _FARTHEST = 0.9
 # feasible, every family starts again at the best few scales of all families.
 _STUCK, _SHARED, _ROUNDS = 25.0, 4, 2
 _LARGEST_STEP = 0.3
-_SAME_SCALE = 1e-6
 # Relative rounding of a probability at which it says nothing any more.
 _SCRAMBLED = 0.05
 # Probability beyond the three largest classes below which a larger family may be flat in s.
@@ -43,6 +37,33 @@ _LOG_SCALE_PRIOR = math.log(1e5)
 # A label parameter smaller than this many roundings of a probability is zero.
 _NEGLIGIBLE, _NEGLIGIBLE_AT_MOST = 16.0, 1e-4
 _TINY = 1e-300
+
+
+@dataclass(frozen=True)
+class Fits:
+    """Refined candidates, all tensors (B, M) unless stated.
+
+    ``family`` (M,) is the table index, ``top`` (B, M, K) the classes of the largest label entries,
+    ``weights`` (B, M, K) their values, ``base`` the value elsewhere; ``chi2`` the weighted sum of
+    squares over ``freedom`` = equations − unknowns; ``scale_error`` the standard error of log|s|,
+    ``weight_error`` and ``base_error`` those of the label with the scale's own included;
+    ``*_sharpness`` the same with the scale held fixed; ``feasible`` whether the label lies in the
+    simplex and uses all its parameters.
+    """
+
+    scale: Tensor
+    family: Tensor
+    top: Tensor
+    weights: Tensor
+    base: Tensor
+    chi2: Tensor
+    freedom: Tensor
+    scale_error: Tensor
+    weight_error: Tensor
+    base_error: Tensor
+    weight_sharpness: Tensor
+    base_sharpness: Tensor
+    feasible: Tensor
 
 
 @dataclass(frozen=True)
@@ -90,46 +111,20 @@ class _Residual:
 def refine(problem: ScaleProblem, candidates: Tensor, table: FamilyTable) -> Fits:
     """Bring candidate scales (B, F, K) to the nearest least-squares scale of their family.
 
-    Two steps with equal weights pick the most promising of each family; these go through the
-    weighted descent and are described.
+    Families that end beside their root start again where the others got to.
     """
-    scale = candidates
-    for kept in (_PROMISING, _SURVIVORS):
-        flat, family = _flatten(scale)
-        now = _residual(problem, flat, _Choice.of(table, family, scale.dtype), weighted=False)
-        outlook = (now.promise + _DOUBT * now.objective).view(scale.shape)
-        outlook, order = outlook.sort(-1)
-        scale = (flat * now.step.exp()).view(scale.shape).gather(-1, order)
-        # Two candidates that met at the same scale are one.
-        same = (scale[..., 1:] / scale[..., :-1] - 1.0).abs() < _SAME_SCALE
-        outlook[..., 1:].masked_fill_(same, math.inf)
-        best = outlook.topk(min(kept, scale.shape[-1]), -1, largest=False).indices
-        scale = scale.gather(-1, best)
-    flat, family = _flatten(scale)
-    fits, point = _descend(problem, flat, family, table)
-    (index,) = torch.where(_stuck(problem, fits))
-    if len(index):
-        fits = fits.joined(
-            _restarted(problem.part(index), fits.at(index), candidates[index], table), index
-        )
-        point = problem.at(fits.scale)
-    quality = fits.quality()
-    evidence = log_evidence(problem, fits, table, torch.ones_like(problem.sigma))
-    likeliest = evidence.masked_fill(~fits.feasible, -math.inf)
-    chosen = torch.stack([quality.argmin(-1), likeliest.argmax(-1)], -1)
-    answers = fits.scale.gather(-1, chosen)
-    doubtful = (problem.noise == 0) & _saturated(point, chosen)
-    (index,) = torch.where(doubtful)
-    if not len(index):
-        return fits
-    # A label at the edge of what a larger family allows is one of many if that family is flat
-    # there: ask every family just inside.
-    nearby = 1.0 + torch.tensor(_NEARBY, dtype=scale.dtype, device=scale.device)
-    around = (answers[index][..., None] * nearby).flatten(1)
-    more = torch.arange(len(table.support), device=scale.device)
-    more, around = more.repeat_interleave(around.shape[1]), around.repeat(1, len(more))
-    beside = describe(problem.part(index), around, more, table, scale_known=False)
-    return fits.joined(beside, index)
+    flat, family = _flatten(candidates)
+    fits = _descend(problem, flat, family, table)
+    for _ in range(_ROUNDS):
+        (index,) = torch.where(_stuck(problem, fits))
+        if not len(index):
+            break
+        misfit = fits.chi2[index] / fits.freedom[index].clamp(min=1)
+        lowest = misfit.topk(min(_SHARED, misfit.shape[1]), -1, largest=False).indices
+        shared = fits.scale[index].gather(-1, lowest)
+        more, family = _flatten(shared[:, None].expand(-1, len(table.support), -1))
+        fits = _joined(fits, _descend(problem.part(index), more, family, table), index)
+    return _with_neighbours(problem, fits, table)
 
 
 def _stuck(problem: ScaleProblem, fits: Fits) -> Tensor:
@@ -139,32 +134,49 @@ def _stuck(problem: ScaleProblem, fits: Fits) -> Tensor:
     a larger family, which holds both classes, has not, and its weights tell that it is too large.
     """
     feasible = torch.where(fits.feasible, fits.chi2, math.inf).amin(-1)
-    missing = (fits.quality().amin(-1) > _STUCK) | (feasible > fits.chi2.amin(-1) + _STUCK)
+    missing = (_quality(fits).amin(-1) > _STUCK) | (feasible > fits.chi2.amin(-1) + _STUCK)
     return (problem.noise == 0) & missing
 
 
-def _restarted(problem: ScaleProblem, fits: Fits, candidates: Tensor, table: FamilyTable) -> Fits:
-    """Return fits of every family, started at the best few scales of all families.
-
-    And those at the ``candidates`` (B, F, K) as they are: a descent leaves a saturated softmax,
-    where every scale fits, for the one scale at which the label is uniform.
-    """
-    found = [describe(problem, *_flatten(candidates), table, scale_known=False)]
-    for _ in range(_ROUNDS):
-        misfit = fits.chi2 / fits.freedom.clamp(min=1)
-        best = misfit.topk(min(_SHARED, misfit.shape[1]), -1, largest=False).indices
-        shared = fits.scale.gather(-1, best)[:, None].expand(-1, len(table.support), -1)
-        fits, _ = _descend(problem, *_flatten(shared), table)
-        found.append(fits)
-    return side_by_side(found)
+def _quality(fits: Fits) -> Tensor:
+    """Return (B, M) the misfit by degree of freedom, inf where the label is not feasible."""
+    return torch.where(fits.feasible, fits.chi2 / fits.freedom.clamp(min=1), math.inf)
 
 
-def _saturated(point: Point, chosen: Tensor) -> Tensor:
-    """Return (B,) whether beyond the few largest classes next to no probability is left.
+def _with_neighbours(problem: ScaleProblem, fits: Fits, table: FamilyTable) -> Fits:
+    """Add to the fits of a saturated softmax every family just beside the best of them."""
+    evidence = log_evidence(problem, fits, table, torch.ones_like(problem.sigma))
+    likeliest = evidence.masked_fill(~fits.feasible, -math.inf)
+    chosen = torch.stack([_quality(fits).argmin(-1), likeliest.argmax(-1)], -1)
+    answers = fits.scale.gather(-1, chosen)
+    (index,) = torch.where((problem.noise == 0) & _saturated(problem, answers))
+    if not len(index):
+        return fits
+    # A label at the edge of what a larger family allows is one of many if that family is flat
+    # there: ask every family just inside.
+    around = (answers[index][..., None] * (1.0 + answers.new_tensor(_NEARBY))).flatten(1)
+    more = torch.arange(len(table.support), device=answers.device)
+    more, around = more.repeat_interleave(around.shape[1]), around.repeat(1, len(more))
+    return _joined(
+        fits, describe(problem.part(index), around, more, table, scale_known=False), index
+    )
 
-    At any of the ``chosen`` (B, K) scales of ``point``.
-    """
-    p = point.p.gather(1, chosen[..., None].expand(-1, -1, point.p.shape[-1]))
+
+def _joined(fits: Fits, more: Fits, index: Tensor) -> Fits:
+    """Append candidates of the problems in ``index``; the others get ones that fit nothing."""
+    fields = {"family": torch.cat([fits.family, more.family])}
+    for name, value in vars(fits).items():
+        if name != "family":
+            new = getattr(more, name)
+            wide = new.new_full((len(value), *new.shape[1:]), math.inf if name == "chi2" else 0)
+            wide[index] = new
+            fields[name] = torch.cat([value, wide], 1)
+    return Fits(**fields)
+
+
+def _saturated(problem: ScaleProblem, scales: Tensor) -> Tensor:
+    """Return (B,) whether at any of ``scales`` (B, M) a few classes have all the probability."""
+    p = problem.at(scales).p
     beyond = p.sum(-1) - p.topk(min(3, p.shape[-1]), -1).values.sum(-1)
     return (beyond < _SATURATED).any(-1)
 
@@ -264,12 +276,11 @@ def _log_choices(classes: int, support: Tensor) -> Tensor:
     return torch.lgamma(c) - torch.lgamma(k) - torch.lgamma(c - support)
 
 
-def _descend(
-    problem: ScaleProblem, scale: Tensor, family: Tensor, table: FamilyTable
-) -> tuple[Fits, Point]:
+def _descend(problem: ScaleProblem, scale: Tensor, family: Tensor, table: FamilyTable) -> Fits:
     """Gauss–Newton in log|s| with inverse variances; the best point met is described.
 
-    It ends when no candidate (B, M) that may still fit gains by another step.
+    A problem is done when none of its candidates (B, M) that may still fit gains by another step;
+    then it stays where it is, whatever others it is solved with.
     """
     choice = _Choice.of(table, family, scale.dtype)
     hopeless = _HOPELESS * problem.classes
@@ -277,20 +288,20 @@ def _descend(
     best, lowest = scale, torch.full_like(scale, math.inf)
     for left in range(_STEPS, -1, -1):
         now = _residual(problem, scale, choice, weighted=True)
-        worse = now.objective > lowest
-        best = torch.where(worse, best, scale)
-        lowest = torch.where(worse, lowest, now.objective)
-        gain = now.objective - now.promise
-        near = now.promise < hopeless
-        open_ended = (gain > _GAIN) & (near | (now.promise < _FALLS * now.objective))
-        if not left or not bool(open_ended.any()):
+        best = torch.where(now.objective > lowest, best, scale)
+        lowest = torch.fmin(now.objective, lowest)
+        # A family without an equation left has no numbers here, and is never worth a step.
+        worth = now.promise < (_FALLS * now.objective).clamp_(min=hopeless)
+        worth &= now.objective - now.promise > _GAIN
+        if not left or not bool(worth.any()):
             break
-        moved = (moved + now.step).clamp(-_FARTHEST, _FARTHEST)
+        step = now.step * worth.any(-1, keepdim=True)
+        moved = (moved + step).clamp(-_FARTHEST, _FARTHEST)
         scale = start * moved.exp()
     worse = (now.objective > lowest * (1.0 + _GAIN) + _GAIN) & (lowest < hopeless)
     if bool(worse.any()):
-        now = _residual(problem, best, choice, weighted=True)
-    return _describe(problem, now, family, choice, scale_known=False), now.point
+        now = _residual(problem, torch.where(worse, best, scale), choice, weighted=True)
+    return _describe(problem, now, family, choice, scale_known=False)
 
 
 def _residual(

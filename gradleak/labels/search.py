@@ -26,7 +26,9 @@ _LOG_STEP, _LINEAR_STEP = 0.1, 0.4
 _SATURATED, _FAR, _END = 60.0, 1200.0, 1e5
 _SATURATED_STEP = 0.02
 _NEAREST = 1e-12
-_KEEP = 3
+# Minima that are kept of a sign, and of both. What a parabola promises between the points of the
+# grid is believed but for a part of ρ at the points.
+_KEEP, _CANDIDATES, _DOUBT = 3, 3, 0.01
 # Values that are worked on at once: a core's cache, and what fills a GPU.
 _RUN = {"cpu": 1 << 17, "cuda": 1 << 24}
 # The simplex is asked for at every so many points of the grid; p may fall short of δ by a factor
@@ -135,7 +137,7 @@ def _curves(rows: _Rows, scale: Tensor, table: FamilyTable) -> Tensor:
 
 
 def find_candidates(problem: ScaleProblem, table: FamilyTable) -> Tensor:
-    """Return (B, F, K) signed scales: the best local minima of ρ of every family, both signs."""
+    """Return (B, F, K) signed scales: the most promising minima of ρ of every family."""
     rows = _rows_of(problem)
     grid, first, reach = _place(problem)
     begin, end = _windows(problem, rows, grid, first, reach)
@@ -149,15 +151,20 @@ def find_candidates(problem: ScaleProblem, table: FamilyTable) -> Tensor:
         # The longest first, so that a run of rows wastes little on the shorter ones.
         order = length.argsort(descending=True)
         longest = length[order].tolist()
-        found = grid.new_empty(len(begin), len(table.support), _KEEP)
+        found = grid.new_empty(2, len(table.support), len(begin), _KEEP)
         done = 0
         while done < len(order):
             run = order[done : done + max(1, room // longest[done])]
             window = _Window(grid, begin[run], reach[run])
-            found[run] = _minima(rows.at(run), window, longest[done], table)
+            found[:, :, run] = _minima(rows.at(run), window, longest[done], table)
             done += len(run)
-    found[1::2] *= -1.0
-    return found.view(len(first), 2, -1, found.shape[-1]).movedim(1, 2).flatten(2)
+    scale, promise = found.view(2, -1, len(first), 2, found.shape[-1]).transpose(1, 2)
+    scale[..., 1, :] *= -1.0
+    lowest, best = promise.flatten(2).topk(_CANDIDATES, -1, largest=False)
+    # Where there are fewer minima, the lowest stands in.
+    best = torch.where(lowest < math.inf, best, best[..., :1])
+    chosen: Tensor = scale.flatten(2).gather(-1, best)
+    return chosen
 
 
 class _Window(NamedTuple):
@@ -169,7 +176,10 @@ class _Window(NamedTuple):
 
 
 def _minima(rows: _Rows, window: _Window, length: int, table: FamilyTable) -> Tensor:
-    """Return (R, F, K) the scales of the lowest local minima of ρ in windows of that length."""
+    """Return (2, F, R, K) the lowest local minima of ρ in windows of that length: scale, promise.
+
+    The promise is what ρ may fall to between the points of the grid, the lower the better.
+    """
     points = len(window.grid)
     begin = window.begin.clamp(max=points - length)
     index = begin[:, None] + torch.arange(length, device=begin.device)
@@ -177,13 +187,25 @@ def _minima(rows: _Rows, window: _Window, length: int, table: FamilyTable) -> Te
     run = max(1, _RUN[scale.device.type] // rows.a.numel())
     parts: tuple[Tensor, ...] = torch.split(scale, run, 1)
     curves = torch.cat([_curves(rows, part, table) for part in parts], -1)
-    inner, inner_scale = curves[..., 1:-1], scale[:, 1:-1]
+    inner = curves[..., 1:-1]
     falls = (inner <= curves[..., :-2]) & (inner <= curves[..., 2:])
     depth = inner.masked_fill(~falls, math.inf)
     lowest, best = depth.topk(_KEEP, -1, largest=False)
-    # Where there are fewer minima, the lowest stands in.
-    best = torch.where(lowest < math.inf, best, best[..., :1])
-    return inner_scale.expand_as(inner).gather(-1, best).movedim(0, 1)
+    # The parabola through a minimum and its neighbours says where it is between the points.
+    around = best[..., None] + torch.arange(3, device=best.device)
+    left, middle, right = _taken(curves, around).unbind(-1)
+    bend = (left - 2.0 * middle + right).clamp(min=1e-300)
+    shift = (0.5 * (left - right) / bend).clamp(-0.5, 0.5)
+    bottom = (middle - 0.25 * (left - right) * shift).clamp(min=0.0)
+    low, centre, high = _taken(scale.expand_as(curves), around).unbind(-1)
+    # Where there are fewer minima than places there is nothing to promise.
+    promise = torch.where(lowest < math.inf, bottom + _DOUBT * middle, lowest)
+    return torch.stack([centre + 0.5 * shift * (high - low), promise])
+
+
+def _taken(values: Tensor, index: Tensor) -> Tensor:
+    """Return ``values`` (F, R, S) at ``index`` (F, R, K, J)."""
+    return values.gather(-1, index.flatten(2)).view(index.shape)
 
 
 def _windows(

@@ -281,7 +281,8 @@ def _likeliest(
         singles.problem.noise,
     )
     if options.loss_scale is None:
-        return solve_unknown_scale(seen, singles.problem.unit, options.families)
+        exact = (singles.problem.noise == 0.0).tolist()
+        return solve_unknown_scale(seen, singles.problem.unit, exact, options.families)
     return solve_under_noise(seen, singles.problem.unit, options.families)
 
 

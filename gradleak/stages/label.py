@@ -175,7 +175,7 @@ def _attack(
     if not (
         loss_scale is None
         or loss_scale == UNKNOWN
-        or (isinstance(loss_scale, float) and 0.0 < loss_scale < math.inf)
+        or (isinstance(loss_scale, int | float) and 0.0 < loss_scale < math.inf)
     ):
         raise UsageError(
             f"the loss scale {loss_scale!r} is neither a positive number nor '{UNKNOWN}'",
@@ -311,7 +311,7 @@ def _known_scale(loss_scale: float | str | None) -> float | None:
     """Return the factor of the loss, None where it is unknown."""
     if loss_scale is None:
         return 1.0
-    return loss_scale if isinstance(loss_scale, float) else None
+    return None if isinstance(loss_scale, str) else float(loss_scale)
 
 
 def _given(tensor: Tensor | None) -> Tensor:
