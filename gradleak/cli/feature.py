@@ -13,7 +13,6 @@ from gradleak.cli.common import (
     choose_inputs,
     exit_code_of,
     keep_apart,
-    number,
     run_stage,
 )
 from gradleak.cli.options import (
@@ -89,7 +88,7 @@ def _report(source: str, outcome: FeatureOutcome) -> Report:
     if outcome.stopped is not None:
         rows.append(("not reached", outcome.stopped))
     rows.append(("method", outcome.method))
-    rows.append(("solved in", f"{number(1e3 * outcome.seconds)} ms on {outcome.device}"))
+    rows.append(("solved in", f"{1e3 * outcome.seconds:.1f} ms on {outcome.device}"))
     data: dict[str, object] = {
         "input": source,
         "stage": NAME,

@@ -168,13 +168,16 @@ def command(
             device=device,
             seed=seed,
         )
-        for source, outcome in zip(sources, outcomes, strict=True):
-            if isinstance(outcome, GradleakError):
-                yield outcome
-                continue
-            if plot is not None:
-                _draw(plot, source, weights, outcome)
-            yield _report(source, outcome, plot), outcome.bundle
+        return map(answer, sources, outcomes)
+
+    def answer(
+        source: str, outcome: LabelOutcome | GradleakError
+    ) -> tuple[Report, Bundle] | GradleakError:
+        if isinstance(outcome, GradleakError):
+            return outcome
+        if plot is not None:
+            _draw(plot, source, weights, outcome)
+        return _report(source, outcome, plot), outcome.bundle
 
     console = Console(json=json, quiet=quiet, outputs=outputs)
     run_stage_on_all(console, NAME, sources, work, _NOTHING)

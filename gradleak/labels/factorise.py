@@ -78,7 +78,7 @@ def _look(gradient: Tensor, v: Tensor, unit: Tensor) -> RankOne:
     """Return the triple of gradients of rank one, of which ``v`` (B, D) is a row, in one pass.
 
     The row has its own rounding e. In G v = σ u its effect is of the order e², in the residual
-    ‖G‖² − ‖G v‖², taken row by row lest it drowns in rounding, it is σ²e² and goes again.
+    ‖G − G v vᵀ‖² it is σ²e² and goes again.
     """
     parts = []
     out, left = torch.zeros_like(v), torch.zeros_like(v[:, 0])
@@ -86,8 +86,8 @@ def _look(gradient: Tensor, v: Tensor, unit: Tensor) -> RankOne:
         along = block @ v[:, :, None]
         parts.append(along)
         out += (along.mT @ block).squeeze(1)
-        norms = torch.linalg.vector_norm(block, dim=2)
-        left += (norms.square() - along.squeeze(-1).square()).sum(1)
+        rest = torch.baddbmm(block, along, v[:, None, :], alpha=-1.0).flatten(1)
+        left += torch.linalg.vecdot(rest, rest)
     u = torch.cat(parts, 1).squeeze(-1)
     sigma = torch.linalg.vector_norm(u, dim=1)
     found = _normalised(out)

@@ -20,6 +20,8 @@ from gradleak.softlabels import Family
 # the exponentials and sums, and as many as the logits are large, since p carries their absolute
 # error as a relative one.
 _SOFTMAX_ROUNDINGS = 4.0
+# What noise leaves at least of the sum of |δ|.
+_LEAST = 0.01
 # Below this a probability is gone from float32 and its class says nothing.
 _UNDERFLOW = 1e-37
 
@@ -77,8 +79,12 @@ class ScaleProblem:
         return slope, offset
 
     def smallest_scale(self) -> Tensor:
-        """Return (B,) the smallest possible |s|: p and y are distributions, so Σ|δ| ≤ 2."""
-        return 0.5 * self.sigma * self.u.abs().sum(1)
+        """Return (B,) the smallest possible |s|: p and y are distributions, so Σ|δ| ≤ 2.
+
+        Noise adds to Σ|δ|, in the mean 0.8 of its standard deviation for every class.
+        """
+        total = self.sigma * self.u.abs().sum(1)
+        return 0.5 * (total - self.classes * self.noise).maximum(_LEAST * total)
 
     def at(self, scale: Tensor) -> Point:
         """Evaluate the label and its slope at scales ``(B, M)``."""

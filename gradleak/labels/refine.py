@@ -1,10 +1,10 @@
 """Refining candidate scales and weighing the families against each other (§3).
 
 Given the scale, a family's base and weights follow in closed form, so each candidate is a
-one-dimensional least-squares problem in log|s|: first with equal weights (the scale-free ρ), then
-with the inverse variances of rounding and noise. The families are compared by the Laplace
-approximation of their evidence: a parameter that the gradient determines sharply must pay for its
-freedom, one that it does not determine costs nothing and proves nothing.
+one-dimensional least-squares problem in log|s|, with the inverse variances of rounding and noise
+as weights. The families are compared by the Laplace approximation of their evidence: a parameter
+that the gradient determines sharply must pay for its freedom, one that it does not determine costs
+nothing and proves nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.linalg import vecdot
 
 from gradleak.labels.problem import FamilyTable, Point, ScaleProblem, largest_first
 
-# Steps of the weighted descent. One is needed while it gains more than _GAIN in χ², and either
+# Steps of the descent. One is needed while it gains more than _GAIN in χ², and either
 # a fit is in reach, χ² per class below _HOPELESS, or χ² still falls by the factor _FALLS.
 _STEPS, _GAIN, _HOPELESS, _FALLS = 8, 0.05, 100.0, 0.1
 # How far it may lead in log|s|: χ² has a trivial zero at |s| → ∞, where δ vanishes.
@@ -91,14 +91,14 @@ class _Choice:
 class _Residual:
     """Least-squares terms of M candidates at one scale each: (B, M, C) or (B, M).
 
-    ``total`` is the sum of the weights, ``objective`` χ² if weighted and ρ if not, ``promise`` what
-    a Gauss–Newton ``step`` in log|s| would leave of it.
+    ``weight`` is the inverse ``variance`` outside the support, ``total`` its sum, ``objective`` χ²,
+    ``promise`` what a Gauss–Newton ``step`` in log|s| would leave of it.
     """
 
     point: Point
     top: Tensor
     weight: Tensor
-    variance: Tensor | None
+    variance: Tensor
     total: Tensor
     base: Tensor
     slope_base: Tensor
@@ -113,8 +113,7 @@ def refine(problem: ScaleProblem, candidates: Tensor, table: FamilyTable) -> Fit
 
     Families that end beside their root start again where the others got to.
     """
-    flat, family = _flatten(candidates)
-    fits = _descend(problem, flat, family, table)
+    fits = _settle(problem, candidates, table)
     for _ in range(_ROUNDS):
         (index,) = torch.where(_stuck(problem, fits))
         if not len(index):
@@ -122,9 +121,17 @@ def refine(problem: ScaleProblem, candidates: Tensor, table: FamilyTable) -> Fit
         misfit = fits.chi2[index] / fits.freedom[index].clamp(min=1)
         lowest = misfit.topk(min(_SHARED, misfit.shape[1]), -1, largest=False).indices
         shared = fits.scale[index].gather(-1, lowest)
-        more, family = _flatten(shared[:, None].expand(-1, len(table.support), -1))
-        fits = _joined(fits, _descend(problem.part(index), more, family, table), index)
+        shared = shared[:, None].expand(-1, len(table.support), -1)
+        fits = _joined(fits, _settle(problem.part(index), shared, table), index)
     return _with_neighbours(problem, fits, table)
+
+
+def _settle(problem: ScaleProblem, candidates: Tensor, table: FamilyTable) -> Fits:
+    """Descend from candidate scales (B, F, K) and describe the ends."""
+    scale, family = _flatten(candidates)
+    choice = _Choice.of(table, family, scale.dtype)
+    now = _descend(problem, scale, choice)
+    return _describe(problem, now, family, choice, scale_known=False)
 
 
 def _stuck(problem: ScaleProblem, fits: Fits) -> Tensor:
@@ -196,7 +203,7 @@ def describe(
     unknown of the fit.
     """
     choice = _Choice.of(table, family, scale.dtype)
-    now = _residual(problem, scale, choice, weighted=True)
+    now = _residual(problem, scale, choice)
     return _describe(problem, now, family, choice, scale_known=scale_known)
 
 
@@ -204,7 +211,6 @@ def _describe(
     problem: ScaleProblem, now: _Residual, family: Tensor, choice: _Choice, *, scale_known: bool
 ) -> Fits:
     """Fit the label parameters at the scales of ``now``, as :func:`describe` does."""
-    assert now.variance is not None
     point, top, free = now.point, now.top, choice.free
     outside = choice.outside[:, : top.shape[-1]]
     inside = 1.0 - outside
@@ -276,48 +282,49 @@ def _log_choices(classes: int, support: Tensor) -> Tensor:
     return torch.lgamma(c) - torch.lgamma(k) - torch.lgamma(c - support)
 
 
-def _descend(problem: ScaleProblem, scale: Tensor, family: Tensor, table: FamilyTable) -> Fits:
-    """Gauss–Newton in log|s| with inverse variances; the best point met is described.
+def _descend(problem: ScaleProblem, scale: Tensor, choice: _Choice) -> _Residual:
+    """Gauss–Newton in log|s| from ``scale`` (B, M); returns the terms at the best points met.
 
-    A problem is done when none of its candidates (B, M) that may still fit gains by another step;
-    then it stays where it is, whatever others it is solved with.
+    A problem is left alone when none of its candidates that may still fit gains by another step,
+    so that its answer does not depend on the batch.
     """
-    choice = _Choice.of(table, family, scale.dtype)
     hopeless = _HOPELESS * problem.classes
-    start, moved = scale, torch.zeros_like(scale)
+    settled = scale.clone()
+    index = torch.arange(len(scale), device=scale.device)
+    start, moved, part = scale, torch.zeros_like(scale), problem
     best, lowest = scale, torch.full_like(scale, math.inf)
     for left in range(_STEPS, -1, -1):
-        now = _residual(problem, scale, choice, weighted=True)
+        now = _residual(part, scale, choice)
+        step = now.step
         best = torch.where(now.objective > lowest, best, scale)
         lowest = torch.fmin(now.objective, lowest)
         # A family without an equation left has no numbers here, and is never worth a step.
         worth = now.promise < (_FALLS * now.objective).clamp_(min=hopeless)
         worth &= now.objective - now.promise > _GAIN
-        if not left or not bool(worth.any()):
-            break
-        step = now.step * worth.any(-1, keepdim=True)
+        more = worth.any(1).tolist() if left else [False] * len(scale)
+        if not all(more):
+            worse = (now.objective > lowest * (1.0 + _GAIN) + _GAIN) & (lowest < hopeless)
+            settled[index] = torch.where(worse.any(1, keepdim=True), best, scale)
+            if not any(more):
+                unmoved = len(index) == len(settled) and bool((settled == scale).all())
+                return now if unmoved else _residual(problem, settled, choice)
+            keep = torch.tensor([b for b, again in enumerate(more) if again], device=scale.device)
+            index, part = index[keep], part.part(keep)
+            state = (start, moved, best, lowest, step)
+            start, moved, best, lowest, step = (tensor[keep] for tensor in state)
         moved = (moved + step).clamp(-_FARTHEST, _FARTHEST)
         scale = start * moved.exp()
-    worse = (now.objective > lowest * (1.0 + _GAIN) + _GAIN) & (lowest < hopeless)
-    if bool(worse.any()):
-        now = _residual(problem, torch.where(worse, best, scale), choice, weighted=True)
-    return _describe(problem, now, family, choice, scale_known=False)
+    raise AssertionError("the last step settles every problem")
 
 
-def _residual(
-    problem: ScaleProblem, scale: Tensor, choice: _Choice, *, weighted: bool
-) -> _Residual:
+def _residual(problem: ScaleProblem, scale: Tensor, choice: _Choice) -> _Residual:
     """Evaluate y(s) − base over the classes outside the support, and the Gauss–Newton step."""
     point = problem.at(scale)
     top = largest_first(point.y, choice.count)
     outside = choice.outside[:, : top.shape[-1]].expand(top.shape)
-    variance = None
-    if weighted:
-        variance = problem.variance(point)
-        weight = variance.reciprocal()
-        weight.scatter_(-1, top, weight.gather(-1, top) * outside)
-    else:
-        weight = torch.ones_like(point.y).scatter_(-1, top, outside)
+    variance = problem.variance(point)
+    weight = variance.reciprocal()
+    weight.scatter_(-1, top, weight.gather(-1, top) * outside)
     total = weight.sum(-1).clamp_(min=_TINY)
     share = choice.free / total
     both = torch.stack([point.y, point.slope], -2)
@@ -326,18 +333,9 @@ def _residual(
     # Sums over the classes of residual², residual · slope and slope²: one product of matrices.
     products = (both * weight[..., None, :]) @ both.mT
     objective, gradient = products[..., 0, 0], products[..., 0, 1]
-    curvature = products[..., 1, 1]
-    if not weighted:  # of s·y(s), or growing scales would shrink the residual (§3)
-        curvature = curvature + 2.0 * gradient + objective
-        gradient = gradient + objective
-    curvature = curvature.clamp(min=_TINY)
+    curvature = products[..., 1, 1].clamp(min=_TINY)
     step = (-gradient / curvature).clamp(-_LARGEST_STEP, _LARGEST_STEP)
     promise = (objective + step * (2.0 * gradient + step * curvature)).clamp(min=0.0)
-    if not weighted:
-        sums = weight @ torch.stack([problem.u, problem.u.square()], -1)
-        spread = sums[..., 1] - sums[..., 0].square() * share
-        size = ((problem.sigma[:, None] / scale).square() * spread).clamp(min=_TINY)
-        objective, promise = objective / size, promise / size
     return _Residual(
         point=point,
         top=top,

@@ -30,26 +30,28 @@ _NEAREST = 1e-12
 # grid is believed but for a part of ρ at the points.
 _KEEP, _CANDIDATES, _DOUBT = 3, 3, 0.01
 # Values that are worked on at once: a core's cache, and what fills a GPU.
-_RUN = {"cpu": 1 << 17, "cuda": 1 << 24}
+_RUN, _GPU_RUN = 1 << 17, 1 << 26
 # The simplex is asked for at every so many points of the grid; p may fall short of δ by a factor
 # exp(_MARGIN), and by any where its own rounding is above _VAGUE.
 _COARSE, _MARGIN, _VAGUE = 8, 1.0, 0.02
 
 
 @cache
-def _grid() -> tuple[float, ...]:
-    """Return the grid of dimensionless scales t."""
+def _grid(device: torch.device) -> Tensor:
+    """Return the grid of dimensionless scales t, float64."""
     bend = _LINEAR_STEP / _LOG_STEP
     below = math.ceil(math.log(bend / _NEAREST) / _LOG_STEP)
     linear = round((_SATURATED - bend) / _LINEAR_STEP)
     slow = math.ceil(math.log(_FAR / _SATURATED) / _SATURATED_STEP)
     fast = math.ceil(math.log(_END / _FAR) / _LOG_STEP)
-    return (
+    points = (
         *(bend * math.exp(-_LOG_STEP * n) for n in range(below, 0, -1)),
         *(bend + _LINEAR_STEP * n for n in range(linear)),
         *(_SATURATED * (_FAR / _SATURATED) ** (n / slow) for n in range(slow)),
         *(_FAR * (_END / _FAR) ** (n / fast) for n in range(fast + 1)),
     )
+    with torch.inference_mode(False):
+        return torch.tensor(points, dtype=torch.float64, device=device)
 
 
 def scale_grid(problem: ScaleProblem) -> Tensor:
@@ -66,12 +68,12 @@ def scale_grid(problem: ScaleProblem) -> Tensor:
 
 def _place(problem: ScaleProblem) -> tuple[Tensor, Tensor, Tensor]:
     """Return the grid of t, the index (B,) at which it begins for each problem, and range(a)."""
-    grid = problem.a.new_tensor(_grid())
+    grid = _grid(problem.a.device)
     low, high = torch.aminmax(problem.a, dim=1)
     reach, start = high - low, problem.smallest_scale()
     reach = torch.where(reach > 0, reach, start.reciprocal())
     first = torch.searchsorted(grid, start * reach) - 2  # a minimum has a neighbour below
-    return grid, first.clamp(0, len(grid) - 2), reach
+    return grid, first.clamp(0, len(grid) - _KEEP - 2), reach
 
 
 def residual_curves(problem: ScaleProblem, scale: Tensor, table: FamilyTable) -> Tensor:
@@ -144,7 +146,7 @@ def find_candidates(problem: ScaleProblem, table: FamilyTable) -> Tensor:
     reach = reach.repeat_interleave(2)
     length = end - begin
     longest = length.tolist()
-    room = _RUN[grid.device.type] // problem.classes
+    room = _run(grid) // problem.classes
     if len(longest) * max(longest) <= room:
         found = _minima(rows, _Window(grid, begin, reach), max(longest), table)
     else:
@@ -167,6 +169,10 @@ def find_candidates(problem: ScaleProblem, table: FamilyTable) -> Tensor:
     return chosen
 
 
+def _run(where: Tensor) -> int:
+    return _RUN if where.device.type == "cpu" else _GPU_RUN
+
+
 class _Window(NamedTuple):
     """Where to look: the ``grid`` of t, in units of 1/``reach`` (R,), from index ``begin`` (R,)."""
 
@@ -181,12 +187,13 @@ def _minima(rows: _Rows, window: _Window, length: int, table: FamilyTable) -> Te
     The promise is what ρ may fall to between the points of the grid, the lower the better.
     """
     points = len(window.grid)
-    begin = window.begin.clamp(max=points - length)
-    index = begin[:, None] + torch.arange(length, device=begin.device)
-    scale = window.grid[index] / window.reach[:, None]
-    run = max(1, _RUN[scale.device.type] // rows.a.numel())
+    index = window.begin[:, None] + torch.arange(length, device=window.begin.device)
+    scale = window.grid[index.clamp(max=points - 1)] / window.reach[:, None]
+    run = max(1, _run(scale) // rows.a.numel())
     parts: tuple[Tensor, ...] = torch.split(scale, run, 1)
     curves = torch.cat([_curves(rows, part, table) for part in parts], -1)
+    # A shorter window goes on as far as the grid does; nan is no minimum, nor a neighbour of one.
+    curves.masked_fill_(index >= points, math.nan)
     inner = curves[..., 1:-1]
     falls = (inner <= curves[..., :-2]) & (inner <= curves[..., 2:])
     depth = inner.masked_fill(~falls, math.inf)

@@ -31,8 +31,8 @@ from gradleak.softlabels import FAMILIES, Family
 
 # Classes, and values of the gradients, that are worked on at once: what stays in a core's cache,
 # and what fills a GPU.
-_CLASSES = {"cpu": 1 << 13, "cuda": 1 << 19}
-_VALUES = {"cpu": 1 << 22, "cuda": 1 << 28}
+_CLASSES, _GPU_CLASSES = 1 << 13, 1 << 19
+_VALUES, _GPU_VALUES = 1 << 22, 1 << 28
 
 
 def recover_single(
@@ -99,10 +99,11 @@ def recover_singles(
     another's. Gradients of several samples go to ``recover_batch``, one by one.
     """
     count, classes, width = grad_weight.shape
-    kind = grad_weight.device.type
     if options is None:
         options = LabelOptions(families, method, noise_std=noise_std, loss_scale=loss_scale)
-    step = min(_CLASSES[kind] // classes, _VALUES[kind] // (classes * width)) or 1
+    cpu = grad_weight.device.type == "cpu"
+    most, values = (_CLASSES, _VALUES) if cpu else (_GPU_CLASSES, _GPU_VALUES)
+    step = min(most // classes, values // (classes * width)) or 1
     answers: list[LabelResult | GradleakError] = []
     for start in range(0, count, step):
         part = slice(start, start + step)
