@@ -170,12 +170,12 @@ def _with_neighbours(problem: ScaleProblem, fits: Fits, table: FamilyTable) -> F
 
 
 def _joined(fits: Fits, more: Fits, index: Tensor) -> Fits:
-    """Append candidates of the problems in ``index``; the other problems get infeasible ones."""
+    """Append candidates of the problems in ``index``; the others get ones that fit nothing."""
     fields = {"family": torch.cat([fits.family, more.family])}
     for name, value in vars(fits).items():
         if name != "family":
             new = getattr(more, name)
-            wide = new.new_zeros((len(value), *new.shape[1:]))
+            wide = new.new_full((len(value), *new.shape[1:]), math.inf if name == "chi2" else 0)
             wide[index] = new
             fields[name] = torch.cat([value, wide], 1)
     return Fits(**fields)
