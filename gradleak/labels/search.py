@@ -73,7 +73,7 @@ def _place(problem: ScaleProblem) -> tuple[Tensor, Tensor, Tensor]:
     reach, start = high - low, problem.smallest_scale()
     reach = torch.where(reach > 0, reach, start.reciprocal())
     first = torch.searchsorted(grid, start * reach) - 2  # a minimum has a neighbour below
-    return grid, first.clamp(0, len(grid) - 2), reach
+    return grid, first.clamp(0, len(grid) - _KEEP - 2), reach
 
 
 def residual_curves(problem: ScaleProblem, scale: Tensor, table: FamilyTable) -> Tensor:
