@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -65,23 +66,24 @@ class Fits:
 
 @dataclass(frozen=True)
 class _Choice:
-    """The families of M candidates.
+    """The families of M candidates: ``family`` (M,), and the rows of the table that they are."""
 
-    Their ``support`` (M,), ``free`` (M,) 1 or 0 for a base, ``outside`` (M, K) likewise for the
-    largest entries that do not belong to the support.
-    """
-
-    count: int
+    family: Tensor
     support: Tensor
     free: Tensor
     outside: Tensor
 
     @classmethod
-    def of(cls, table: FamilyTable, family: Tensor, dtype: torch.dtype) -> _Choice:
-        order = torch.arange(table.largest, device=family.device)
-        support = table.support[family]
-        outside = (order >= support[:, None]).to(dtype)
-        return cls(table.largest, support, table.base[family].to(dtype), outside)
+    def of(cls, table: FamilyTable, family: Tensor) -> _Choice:
+        return cls(family, table.support[family], table.free[family], table.outside[family])
+
+
+@cache
+def _choice(table: FamilyTable, each: int) -> _Choice:
+    """Return the choice of ``each`` candidates for every family in turn."""
+    with torch.inference_mode(False):
+        count = torch.arange(len(table.support), device=table.support.device)
+        return _Choice.of(table, count.repeat_interleave(each))
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,9 @@ class _Residual:
 
 def refine(problem: ScaleProblem, candidates: Tensor, table: FamilyTable) -> Fits:
     """Bring candidate scales (B, F, K) to the nearest least-squares scale of their family."""
-    scale, family = _flatten(candidates)
-    choice = _Choice.of(table, family, scale.dtype)
-    now = _descend(problem, scale, choice)
-    fits = _describe(problem, now, family, choice, scale_known=False)
+    choice = _choice(table, candidates.shape[2])
+    now = _descend(problem, candidates.flatten(1), choice)
+    fits = _describe(problem, now, choice, scale_known=False)
     quality = torch.where(fits.feasible, fits.chi2 / fits.freedom.clamp(min=1), math.inf)
     winner = quality.argmin(-1, keepdim=True)
     answer = fits.scale.gather(-1, winner)
@@ -120,13 +121,11 @@ def refine(problem: ScaleProblem, candidates: Tensor, table: FamilyTable) -> Fit
         return fits
     # A label at the edge of what a larger family allows is one of many if that family is flat
     # there: ask every family just inside.
-    nearby = 1.0 + answer.new_tensor(_NEARBY)
-    count = len(table.support)
-    more = torch.arange(count, device=answer.device).repeat_interleave(len(_NEARBY))
-    around = (answer[index] * nearby).repeat(1, count)
-    return _joined(
-        fits, describe(problem.part(index), around, more, table, scale_known=False), index
-    )
+    nearby = answer[index] * (1.0 + answer.new_tensor(_NEARBY))
+    choice = _choice(table, len(_NEARBY))
+    part = problem.part(index)
+    around = _residual(part, nearby.repeat(1, len(table.support)), choice)
+    return _joined(fits, _describe(part, around, choice, scale_known=False), index)
 
 
 def _joined(fits: Fits, more: Fits, index: Tensor) -> Fits:
@@ -151,12 +150,6 @@ def _saturated(point: Point, winner: Tensor) -> Tensor:
     return beyond < _SATURATED
 
 
-def _flatten(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn scales (B, F, K) into (B, M), M = F·K, and the table index (M,) of each."""
-    family = torch.arange(scale.shape[1], device=scale.device)
-    return scale.flatten(1), family.repeat_interleave(scale.shape[2])
-
-
 def describe(
     problem: ScaleProblem, scale: Tensor, family: Tensor, table: FamilyTable, *, scale_known: bool
 ) -> Fits:
@@ -165,14 +158,12 @@ def describe(
     ``scale_known`` holds the scale fixed (a bias gradient gives it) instead of counting it as an
     unknown of the fit.
     """
-    choice = _Choice.of(table, family, scale.dtype)
+    choice = _Choice.of(table, family)
     now = _residual(problem, scale, choice)
-    return _describe(problem, now, family, choice, scale_known=scale_known)
+    return _describe(problem, now, choice, scale_known=scale_known)
 
 
-def _describe(
-    problem: ScaleProblem, now: _Residual, family: Tensor, choice: _Choice, *, scale_known: bool
-) -> Fits:
+def _describe(problem: ScaleProblem, now: _Residual, choice: _Choice, *, scale_known: bool) -> Fits:
     """Fit the label parameters at the scales of ``now``, as :func:`describe` does."""
     point, top, free = now.point, now.top, choice.free
     outside = choice.outside[:, : top.shape[-1]]
@@ -195,7 +186,7 @@ def _describe(
     equations = ((now.weight > 0) & point.informative()).sum(-1)
     fits = Fits(
         scale=point.scale,
-        family=family,
+        family=choice.family,
         top=top,
         weights=weights,
         base=now.base,
@@ -222,19 +213,14 @@ def log_evidence(
     parameter that is worse determined than its prior contributes nothing.
     """
     spread = (2.0 * math.pi * inflation).sqrt()[:, None]
-    support, free = table.support[fits.family], table.base[fits.family]
     parameters = (fits.scale_error / _LOG_SCALE_PRIOR, fits.base_sharpness * problem.classes)
     errors = torch.cat([torch.stack(parameters, -1), fits.weight_sharpness], -1)
-    # Which of them a family has: the scale, its base, and all weights of a mixture but one.
-    order = torch.arange(-2, fits.top.shape[-1], device=support.device)
-    has = (order == -2) | ((order == -1) & free[:, None])
-    has |= (order > 0) & (order < support[:, None])
     volumes = (errors * spread[..., None]).clamp(1e-30, 1.0).log()
-    volume = volumes.masked_fill(~has, 0.0).sum(-1)
+    volume = (volumes * table.has[fits.family]).sum(-1)
     if problem.noisy:
         # Without noise a fit of the wrong classes is no fit; under it the best of many may be one.
         noisy = (problem.noise > 0).to(volume.dtype)[:, None]
-        volume = volume - noisy * _log_choices(problem.classes, support)
+        volume = volume - noisy * _log_choices(problem.classes, table.support[fits.family])
     return volume - 0.5 * fits.chi2 / inflation[:, None]
 
 
@@ -283,7 +269,7 @@ def _descend(problem: ScaleProblem, scale: Tensor, choice: _Choice) -> _Residual
 def _residual(problem: ScaleProblem, scale: Tensor, choice: _Choice) -> _Residual:
     """Evaluate y(s) − base over the classes outside the support, and the Gauss–Newton step."""
     point = problem.at(scale)
-    top = largest_first(point.y, choice.count)
+    top = largest_first(point.y, choice.outside.shape[1])
     outside = choice.outside[:, : top.shape[-1]].expand(top.shape)
     variance = problem.variance(point)
     weight = variance.reciprocal()
