@@ -22,7 +22,10 @@ from gradleak.labels.problem import FamilyTable, Point, ScaleProblem, largest_fi
 # Steps of the descent. One is needed while it gains more than _GAIN in χ², and either
 # a fit is in reach, χ² per class below _HOPELESS, or χ² still falls by the factor _FALLS.
 _STEPS, _GAIN, _HOPELESS, _FALLS = 8, 0.05, 100.0, 0.1
-# How far it may lead in log|s|: χ² has a trivial zero at |s| → ∞, where δ vanishes.
+# The last step is not looked at again but followed in a straight line, if it is no longer than
+# _STRAIGHT and what that misses, about step² in units of the standard error, is below _CURVED.
+_STRAIGHT, _CURVED = 1e-3, 1e-3
+# How far the descent may lead in log|s|: χ² has a trivial zero at |s| → ∞, where δ vanishes.
 _FARTHEST = 0.9
 _LARGEST_STEP = 0.3
 # Relative rounding of a probability at which it says nothing any more.
@@ -101,6 +104,7 @@ class _Residual:
     total: Tensor
     base: Tensor
     slope_base: Tensor
+    gradient: Tensor
     curvature: Tensor
     objective: Tensor
     promise: Tensor
@@ -165,32 +169,33 @@ def describe(
 
 def _describe(problem: ScaleProblem, now: _Residual, choice: _Choice, *, scale_known: bool) -> Fits:
     """Fit the label parameters at the scales of ``now``, as :func:`describe` does."""
-    point, top, free = now.point, now.top, choice.free
+    point, top, free, step = now.point, now.top, choice.free, now.step
+    step = torch.zeros_like(step) if scale_known else step * (step.abs() <= _STRAIGHT)
+    base = now.base + step * now.slope_base
+    chi2 = now.objective + step * (2.0 * now.gradient + step * now.curvature)
     outside = choice.outside[:, : top.shape[-1]]
     inside = 1.0 - outside
     log_error = now.curvature.rsqrt()
     if scale_known:
         log_error = problem.unit[:, None].expand_as(log_error)
     base_sharpness = now.total.rsqrt() * free
-    own = (
-        point.y.gather(-1, top),
-        point.slope.gather(-1, top),
-        now.variance.gather(-1, top).sqrt(),
-    )
+    slope = point.slope.gather(-1, top)
+    weights = torch.addcmul(point.y.gather(-1, top), slope, step[..., None])
+    own = (weights, slope, now.variance.gather(-1, top).sqrt())
     # With one class the label sums to one by itself: its weight is known from the base.
     rest = problem.classes - 1
-    alone = (1.0 - rest * now.base, -rest * now.slope_base, rest * base_sharpness)
+    alone = (1.0 - rest * base, -rest * now.slope_base, rest * base_sharpness)
     single = (choice.support == 1)[:, None] & (outside == 0.0)
     parts = torch.where(single, torch.stack(alone)[..., None], torch.stack(own))
     weights, slope, sharpness = parts[0], parts[1] * inside, parts[2] * inside
     equations = ((now.weight > 0) & point.informative()).sum(-1)
     fits = Fits(
-        scale=point.scale,
+        scale=point.scale * step.exp(),
         family=choice.family,
         top=top,
         weights=weights,
-        base=now.base,
-        chi2=now.objective,
+        base=base,
+        chi2=chi2.clamp(min=0.0),
         freedom=equations - free.long() - int(not scale_known),
         scale_error=log_error,
         weight_error=torch.hypot(sharpness, slope * log_error[..., None]),
@@ -249,7 +254,8 @@ def _descend(problem: ScaleProblem, scale: Tensor, choice: _Choice) -> _Residual
         lowest = torch.fmin(now.objective, lowest)
         # A family without an equation left has no numbers here, and is never worth a step.
         worth = now.promise < (_FALLS * now.objective).clamp_(min=hopeless)
-        worth &= now.objective - now.promise > _GAIN
+        gain = now.objective - now.promise
+        worth &= (gain > _GAIN) & (gain.sqrt() * step.abs() > _CURVED)
         more = worth.any(1).tolist() if left else [False] * len(scale)
         if not all(more):
             worse = (now.objective > lowest * (1.0 + _GAIN) + _GAIN) & (lowest < hopeless)
@@ -293,6 +299,7 @@ def _residual(problem: ScaleProblem, scale: Tensor, choice: _Choice) -> _Residua
         total=total,
         base=bases[..., 0],
         slope_base=bases[..., 1],
+        gradient=gradient,
         curvature=curvature,
         objective=objective,
         promise=promise,
