@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gradleak import bundle_of_step, capture, reconstruct, recover_feature, recover_label
+from gradleak.errors import GradleakError
+from gradleak.labels.single import recover_singles
 from gradleak.models.build import build_model
 from gradleak.reconstruction.options import MatchSettings
 from gradleak.softlabels import soft_label
@@ -81,6 +83,37 @@ def test_labels_of_one_gradient_agree(method: str, dtype: torch.dtype) -> None:
     assert cuda.labels is not None
     uncertainty = max(sample.uncertainty() for sample in cpu.samples)
     assert float((cpu.labels - cuda.labels.cpu()).abs().max()) <= 3 * uncertainty + 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_labels_of_many_gradients_agree(dtype: torch.dtype) -> None:
+    dice = torch.Generator().manual_seed(0)
+    features = photographs.crops(6, 60, dice).flatten(1).to(dtype)
+    weight = 0.3 * torch.randn(100, features.shape[1], generator=dice).to(dtype)
+    labels = torch.zeros(60, 100, dtype=dtype)
+    labels[torch.arange(60), torch.arange(60)] = 0.7
+    labels[torch.arange(60), (torch.arange(60) + 1) % 100] = 0.3
+    labels = 0.9 * labels + 0.1 / 100
+    delta = torch.softmax(features @ weight.T, 1) - labels
+    gradients = delta[:, :, None] * features[:, None]
+    gradients[7] = 0.0
+    gradients[8, 3, 5] = float("nan")
+    gradients[9] += 1.0
+    gradients[10] += gradients[11]
+    cpu, cuda = (recover_singles(gradients.to(d), weight.to(d)) for d in DEVICES)
+    for b, (one, other) in enumerate(zip(cpu, cuda, strict=True)):
+        if isinstance(one, GradleakError) or isinstance(other, GradleakError):
+            assert (type(one), b in (8, 9)) == (type(other), True)
+            continue
+        assert (one.verdict, one.family, one.rank) == (other.verdict, other.family, other.rank)
+        if one.labels is None or other.labels is None or b in (7, 10):
+            continue
+        assert one.features is not None
+        assert other.features is not None
+        assert (other.features.device.type, other.labels.device.type) == ("cuda", "cpu")
+        uncertainty = one.samples[0].uncertainty()
+        assert float((one.labels - other.labels).abs().max()) <= 3 * uncertainty + 1e-9
+        assert close(one.features, other.features.cpu(), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["lenet", "resnet18-cifar"])

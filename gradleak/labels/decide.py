@@ -21,7 +21,7 @@ from gradleak.labels.problem import FamilyTable, ScaleProblem
 from gradleak.labels.refine import Fits, log_evidence
 from gradleak.labels.search import scale_grid
 from gradleak.labels.verdict import Interval, SampleLabel, Verdict
-from gradleak.softlabels import ARBITRARY, Family, family_name
+from gradleak.softlabels import ARBITRARY, Family
 
 # A fit may exceed the noise model by this factor (in standard deviations) before it is no fit.
 _ACCEPTABLE = 5.0
@@ -62,7 +62,7 @@ def decide(
         log_evidence(problem, fits, table, inflation.clamp(max=_ACCEPTABLE**2)),
         -math.inf,
     )
-    names = _candidate_families(table, fits)
+    names = [table.families[index] for index in fits.family.tolist()]
     decisions = []
     for b, row in enumerate(_rows(problem, fits, evidence, inflation.sqrt())):
         decision = _choose(row, names, problem.classes, scale_known=scale_known)
@@ -189,7 +189,7 @@ def without_family(
     labels = one.at(ends).y[0]
     label = labels[1].clamp(min=0.0)
     label = label / label.sum()
-    few = problem.classes < int(table.support.max()) + 3
+    few = problem.classes < table.largest + 3
     why = (
         f"{problem.classes} classes leave too few equations outside the label's support"
         if few
@@ -299,15 +299,6 @@ def _numbers(column: Tensor) -> list[Any]:
     """Return ``column.tolist()``, which NumPy does in a fifth of the time."""
     numbers: list[Any] = column.cpu().numpy().tolist()
     return numbers
-
-
-def _candidate_families(table: FamilyTable, fits: Fits) -> list[Family]:
-    """Return the family of each of the M candidates."""
-    known = [
-        Family(family_name(support, base), support, base)
-        for support, base in zip(table.support.tolist(), table.base.tolist(), strict=True)
-    ]
-    return [known[index] for index in fits.family.tolist()]
 
 
 def _single(problem: ScaleProblem, index: int) -> ScaleProblem:

@@ -77,8 +77,8 @@ def leading_triple(gradient: Tensor) -> RankOne:
 def _look(gradient: Tensor, v: Tensor, unit: Tensor) -> RankOne:
     """Return the triple of gradients of rank one, of which ``v`` (B, D) is a row, in one pass.
 
-    The row has its own rounding e. In G v = σ u its effect is of the order e², in the residual
-    ‖G − G v vᵀ‖² it is σ²e² and goes again.
+    The row has its own rounding e. In G v = σ u its effect is of the order e²; to the square of the
+    residual it adds σ²e², which is taken off again.
     """
     parts = []
     out, left = torch.zeros_like(v), torch.zeros_like(v[:, 0])
@@ -86,8 +86,7 @@ def _look(gradient: Tensor, v: Tensor, unit: Tensor) -> RankOne:
         along = block @ v[:, :, None]
         parts.append(along)
         out += (along.mT @ block).squeeze(1)
-        rest = torch.baddbmm(block, along, v[:, None, :], alpha=-1.0).flatten(1)
-        left += torch.linalg.vecdot(rest, rest)
+        left += _take_off(block, along, v)
     u = torch.cat(parts, 1).squeeze(-1)
     sigma = torch.linalg.vector_norm(u, dim=1)
     found = _normalised(out)
@@ -130,10 +129,15 @@ def _project(gradient: Tensor, v: Tensor, unit: Tensor) -> RankOne:
     for _, block in wide_blocks(gradient):
         along = block @ v[:, :, None]
         parts.append(along)
-        rest = block.addcmul_(along, v[:, None, :], value=-1.0).flatten(1)
-        left += (rest[:, None] @ rest[..., None]).flatten()
+        left += _take_off(block, along, v)
     u = torch.cat(parts, 1).squeeze(-1)
     return _oriented(u, torch.linalg.vector_norm(u, dim=1), v, left, unit)
+
+
+def _take_off(block: Tensor, along: Tensor, v: Tensor) -> Tensor:
+    """Take ``along`` vᵀ off a block (B, R, D), in place, and return (B,) the square of the rest."""
+    rest = block.addcmul_(along, v[:, None, :], value=-1.0).flatten(1)
+    return (rest[:, None] @ rest[..., None]).flatten()
 
 
 def _oriented(u: Tensor, sigma: Tensor, v: Tensor, left: Tensor, unit: Tensor) -> RankOne:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -149,24 +149,48 @@ class Point:
         return (self.p > _UNDERFLOW) | (self.delta != 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FamilyTable:
-    """The families considered, as tensors: ``support`` (F,) int64 and ``base`` (F,) bool."""
+    """The families considered, as tensors on one device, made once by :meth:`of`.
 
+    ``support`` (F,) int64; ``base`` (F,) bool, and the same as ``free`` (F,) float64 1 or 0.
+    ``outside`` (F, K) is 1 for those of the K largest entries that are not of the support, else 0;
+    ``has`` (F, 2 + K) says which parameters the label has besides those that the others give: the
+    scale, the base, and all weights of a mixture but one.
+    """
+
+    families: tuple[Family, ...]
     support: Tensor
     base: Tensor
+    free: Tensor
+    outside: Tensor
+    has: Tensor
 
-    @cached_property
+    @property
     def largest(self) -> int:
-        """The largest support."""
-        return int(self.support.max())
+        """The largest support K."""
+        return self.outside.shape[1]
 
-    @classmethod
-    def of(cls, families: Sequence[Family], device: torch.device) -> FamilyTable:
-        """Build the table of ``families`` on ``device``."""
-        return cls(
-            torch.tensor([f.support for f in families], device=device),
-            torch.tensor([f.base for f in families], device=device),
+    @staticmethod
+    def of(families: Sequence[Family], device: torch.device) -> FamilyTable:
+        """Return the table of ``families`` on ``device``."""
+        return _table(tuple(families), device)
+
+
+@cache
+def _table(families: tuple[Family, ...], device: torch.device) -> FamilyTable:
+    with torch.inference_mode(False):
+        support = torch.tensor([f.support for f in families], device=device)
+        base = torch.tensor([f.base for f in families], device=device)
+        order = torch.arange(max(f.support for f in families), device=device)
+        mixture = (order > 0) & (order < support[:, None])
+        return FamilyTable(
+            families,
+            support,
+            base,
+            free=base.double(),
+            outside=(order >= support[:, None]).double(),
+            has=torch.cat([torch.ones_like(base)[:, None], base[:, None], mixture], 1),
         )
 
 

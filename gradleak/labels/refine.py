@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,7 +22,10 @@ from gradleak.labels.problem import FamilyTable, Point, ScaleProblem, largest_fi
 # Steps of the descent. One is needed while it gains more than _GAIN in χ², and either
 # a fit is in reach, χ² per class below _HOPELESS, or χ² still falls by the factor _FALLS.
 _STEPS, _GAIN, _HOPELESS, _FALLS = 8, 0.05, 100.0, 0.1
-# How far it may lead in log|s|: χ² has a trivial zero at |s| → ∞, where δ vanishes.
+# The last step is not looked at again but followed in a straight line, if it is no longer than
+# _STRAIGHT and what that misses, about step² in units of the standard error, is below _CURVED.
+_STRAIGHT, _CURVED = 1e-3, 1e-3
+# How far the descent may lead in log|s|: χ² has a trivial zero at |s| → ∞, where δ vanishes.
 _FARTHEST = 0.9
 # Where nothing feasible fits to so many roundings, squared, or so many worse than what is not
 # feasible, every family starts again at the best few scales of all families.
@@ -68,23 +72,24 @@ class Fits:
 
 @dataclass(frozen=True)
 class _Choice:
-    """The families of M candidates.
+    """The families of M candidates: ``family`` (M,), and the rows of the table that they are."""
 
-    Their ``support`` (M,), ``free`` (M,) 1 or 0 for a base, ``outside`` (M, K) likewise for the
-    largest entries that do not belong to the support.
-    """
-
-    count: int
+    family: Tensor
     support: Tensor
     free: Tensor
     outside: Tensor
 
     @classmethod
-    def of(cls, table: FamilyTable, family: Tensor, dtype: torch.dtype) -> _Choice:
-        order = torch.arange(table.largest, device=family.device)
-        support = table.support[family]
-        outside = (order >= support[:, None]).to(dtype)
-        return cls(table.largest, support, table.base[family].to(dtype), outside)
+    def of(cls, table: FamilyTable, family: Tensor) -> _Choice:
+        return cls(family, table.support[family], table.free[family], table.outside[family])
+
+
+@cache
+def _choice(table: FamilyTable, each: int) -> _Choice:
+    """Return the choice of ``each`` candidates for every family in turn."""
+    with torch.inference_mode(False):
+        count = torch.arange(len(table.support), device=table.support.device)
+        return _Choice.of(table, count.repeat_interleave(each))
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,7 @@ class _Residual:
     total: Tensor
     base: Tensor
     slope_base: Tensor
+    gradient: Tensor
     curvature: Tensor
     objective: Tensor
     promise: Tensor
@@ -128,10 +134,9 @@ def refine(problem: ScaleProblem, candidates: Tensor, table: FamilyTable) -> Fit
 
 def _settle(problem: ScaleProblem, candidates: Tensor, table: FamilyTable) -> Fits:
     """Descend from candidate scales (B, F, K) and describe the ends."""
-    scale, family = _flatten(candidates)
-    choice = _Choice.of(table, family, scale.dtype)
-    now = _descend(problem, scale, choice)
-    return _describe(problem, now, family, choice, scale_known=False)
+    choice = _choice(table, candidates.shape[2])
+    now = _descend(problem, candidates.flatten(1), choice)
+    return _describe(problem, now, choice, scale_known=False)
 
 
 def _stuck(problem: ScaleProblem, fits: Fits) -> Tensor:
@@ -162,11 +167,10 @@ def _with_neighbours(problem: ScaleProblem, fits: Fits, table: FamilyTable) -> F
     # A label at the edge of what a larger family allows is one of many if that family is flat
     # there: ask every family just inside.
     around = (answers[index][..., None] * (1.0 + answers.new_tensor(_NEARBY))).flatten(1)
-    more = torch.arange(len(table.support), device=answers.device)
-    more, around = more.repeat_interleave(around.shape[1]), around.repeat(1, len(more))
-    return _joined(
-        fits, describe(problem.part(index), around, more, table, scale_known=False), index
-    )
+    choice = _choice(table, around.shape[1])
+    part = problem.part(index)
+    near = _residual(part, around.repeat(1, len(table.support)), choice)
+    return _joined(fits, _describe(part, near, choice, scale_known=False), index)
 
 
 def _joined(fits: Fits, more: Fits, index: Tensor) -> Fits:
@@ -188,12 +192,6 @@ def _saturated(problem: ScaleProblem, scales: Tensor) -> Tensor:
     return (beyond < _SATURATED).any(-1)
 
 
-def _flatten(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn scales (B, F, K) into (B, M), M = F·K, and the table index (M,) of each."""
-    family = torch.arange(scale.shape[1], device=scale.device)
-    return scale.flatten(1), family.repeat_interleave(scale.shape[2])
-
-
 def describe(
     problem: ScaleProblem, scale: Tensor, family: Tensor, table: FamilyTable, *, scale_known: bool
 ) -> Fits:
@@ -202,41 +200,40 @@ def describe(
     ``scale_known`` holds the scale fixed (a bias gradient gives it) instead of counting it as an
     unknown of the fit.
     """
-    choice = _Choice.of(table, family, scale.dtype)
+    choice = _Choice.of(table, family)
     now = _residual(problem, scale, choice)
-    return _describe(problem, now, family, choice, scale_known=scale_known)
+    return _describe(problem, now, choice, scale_known=scale_known)
 
 
-def _describe(
-    problem: ScaleProblem, now: _Residual, family: Tensor, choice: _Choice, *, scale_known: bool
-) -> Fits:
+def _describe(problem: ScaleProblem, now: _Residual, choice: _Choice, *, scale_known: bool) -> Fits:
     """Fit the label parameters at the scales of ``now``, as :func:`describe` does."""
-    point, top, free = now.point, now.top, choice.free
+    point, top, free, step = now.point, now.top, choice.free, now.step
+    step = torch.zeros_like(step) if scale_known else step * (step.abs() <= _STRAIGHT)
+    base = now.base + step * now.slope_base
+    chi2 = now.objective + step * (2.0 * now.gradient + step * now.curvature)
     outside = choice.outside[:, : top.shape[-1]]
     inside = 1.0 - outside
     log_error = now.curvature.rsqrt()
     if scale_known:
         log_error = problem.unit[:, None].expand_as(log_error)
     base_sharpness = now.total.rsqrt() * free
-    own = (
-        point.y.gather(-1, top),
-        point.slope.gather(-1, top),
-        now.variance.gather(-1, top).sqrt(),
-    )
+    slope = point.slope.gather(-1, top)
+    weights = torch.addcmul(point.y.gather(-1, top), slope, step[..., None])
+    own = (weights, slope, now.variance.gather(-1, top).sqrt())
     # With one class the label sums to one by itself: its weight is known from the base.
     rest = problem.classes - 1
-    alone = (1.0 - rest * now.base, -rest * now.slope_base, rest * base_sharpness)
+    alone = (1.0 - rest * base, -rest * now.slope_base, rest * base_sharpness)
     single = (choice.support == 1)[:, None] & (outside == 0.0)
     parts = torch.where(single, torch.stack(alone)[..., None], torch.stack(own))
     weights, slope, sharpness = parts[0], parts[1] * inside, parts[2] * inside
     equations = ((now.weight > 0) & point.informative()).sum(-1)
     fits = Fits(
-        scale=point.scale,
-        family=family,
+        scale=point.scale * step.exp(),
+        family=choice.family,
         top=top,
         weights=weights,
-        base=now.base,
-        chi2=now.objective,
+        base=base,
+        chi2=chi2.clamp(min=0.0),
         freedom=equations - free.long() - int(not scale_known),
         scale_error=log_error,
         weight_error=torch.hypot(sharpness, slope * log_error[..., None]),
@@ -259,19 +256,15 @@ def log_evidence(
     parameter that is worse determined than its prior contributes nothing.
     """
     spread = (2.0 * math.pi * inflation).sqrt()[:, None]
-    support, free = table.support[fits.family], table.base[fits.family]
     parameters = (fits.scale_error / _LOG_SCALE_PRIOR, fits.base_sharpness * problem.classes)
     errors = torch.cat([torch.stack(parameters, -1), fits.weight_sharpness], -1)
-    # Which of them a family has: the scale, its base, and all weights of a mixture but one.
-    order = torch.arange(-2, fits.top.shape[-1], device=support.device)
-    has = (order == -2) | ((order == -1) & free[:, None])
-    has |= (order > 0) & (order < support[:, None])
     volumes = (errors * spread[..., None]).clamp(1e-30, 1.0).log()
+    has = table.has[fits.family, : volumes.shape[-1]]
     volume = volumes.masked_fill(~has, 0.0).sum(-1)
     if problem.noisy:
         # Without noise a fit of the wrong classes is no fit; under it the best of many may be one.
         noisy = (problem.noise > 0).to(volume.dtype)[:, None]
-        volume = volume - noisy * _log_choices(problem.classes, support)
+        volume = volume - noisy * _log_choices(problem.classes, table.support[fits.family])
     return volume - 0.5 * fits.chi2 / inflation[:, None]
 
 
@@ -300,7 +293,8 @@ def _descend(problem: ScaleProblem, scale: Tensor, choice: _Choice) -> _Residual
         lowest = torch.fmin(now.objective, lowest)
         # A family without an equation left has no numbers here, and is never worth a step.
         worth = now.promise < (_FALLS * now.objective).clamp_(min=hopeless)
-        worth &= now.objective - now.promise > _GAIN
+        gain = now.objective - now.promise
+        worth &= (gain > _GAIN) & (gain.sqrt() * step.abs() > _CURVED)
         more = worth.any(1).tolist() if left else [False] * len(scale)
         if not all(more):
             worse = (now.objective > lowest * (1.0 + _GAIN) + _GAIN) & (lowest < hopeless)
@@ -320,7 +314,7 @@ def _descend(problem: ScaleProblem, scale: Tensor, choice: _Choice) -> _Residual
 def _residual(problem: ScaleProblem, scale: Tensor, choice: _Choice) -> _Residual:
     """Evaluate y(s) − base over the classes outside the support, and the Gauss–Newton step."""
     point = problem.at(scale)
-    top = largest_first(point.y, choice.count)
+    top = largest_first(point.y, choice.outside.shape[1])
     outside = choice.outside[:, : top.shape[-1]].expand(top.shape)
     variance = problem.variance(point)
     weight = variance.reciprocal()
@@ -344,6 +338,7 @@ def _residual(problem: ScaleProblem, scale: Tensor, choice: _Choice) -> _Residua
         total=total,
         base=bases[..., 0],
         slope_base=bases[..., 1],
+        gradient=gradient,
         curvature=curvature,
         objective=objective,
         promise=promise,

@@ -125,12 +125,9 @@ def _curves(rows: _Rows, scale: Tensor, table: FamilyTable) -> Tensor:
     square = torch.stack([torch.linalg.vector_norm(rest, dim=-1) for rest in rests])[..., None]
     # Σ t and Σ t² over all classes but the k largest, (2, R, S, F), for t = r and u. The excluded
     # entries may exceed the rest by many orders, so they are added back rather than subtracted.
-    support = table.support.clamp(max=top.shape[-1])
-    order = torch.arange(top.shape[-1], device=top.device)
-    back = (order[:, None] >= support).to(r.dtype)
+    back = table.outside[:, : top.shape[-1]].mT
     total, square = total + excluded @ back, square.square() + excluded.square() @ back
-    free = table.base.to(r.dtype)
-    spread = square - total.square() * (free / (classes - support).to(r.dtype))
+    spread = square - total.square() * (table.free / (classes - table.support))
     curves = (spread[0].clamp(min=0.0) / spread[1].clamp(min=1e-300)).movedim(-1, 0)
     if classes < table.largest + 3:
         determined = classes - table.support >= 2 + table.base.long()
