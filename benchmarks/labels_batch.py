@@ -27,6 +27,8 @@ from gradleak.metrics import match_samples, wilson_interval
 SAMPLES, CLASSES, HEADS = (2, 4, 8, 16, 24, 32), (100, 1000), (RANDOM, PRETRAINED)
 SMALL_SAMPLES, SMALL_CLASSES = (2, 3, 4, 5, 6, 7, 8), 10
 LABEL, FEATURE = 1e-3, 1e-4
+# Draws before this one were looked at while the method was built.
+FIRST = 1000
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,13 @@ def _compare(result: LabelResult, batch: Batch) -> tuple[int, float, float]:
     return right, float(label[every, order].max()), float(feature[every, order].max())
 
 
-def cases(draws: int, small: int, samples: Sequence[int]) -> Iterator[Case]:
+def cases(first: int, draws: int, small: int, samples: Sequence[int]) -> Iterator[Case]:
     """Yield every case of the tables, draw by draw, so that an early end leaves all cells."""
-    for seed in range(max(draws, small)):
-        if seed < draws:
+    for seed in range(first, first + max(draws, small)):
+        if seed < first + draws:
             for cell in itertools.product(HEADS, CLASSES, samples, FAMILIES):
                 yield Case(*cell, seed)
-        if seed < small:
+        if seed < first + small:
             for n, family in itertools.product(SMALL_SAMPLES, FAMILIES):
                 yield Case(RANDOM, SMALL_CLASSES, n, family, seed)
 
@@ -224,6 +226,7 @@ def main() -> None:
     """Run the table; ``--draws`` batches a cell."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draws", type=int, default=20, help="batches a cell (default 20)")
+    parser.add_argument("--first", type=int, default=FIRST, help="number of the first draw")
     parser.add_argument("--small", type=int, default=4, help="batches a cell at C = 10")
     parser.add_argument("--samples", type=int, nargs="+", default=SAMPLES, help="N of the table")
     parser.add_argument("--bank", type=int, default=320, help="photograph crops in the bank")
@@ -235,7 +238,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bank = Path(folder) / "bank.pt"
         build_bank(bank, chosen.bank)
-        todo = list(cases(chosen.draws, chosen.small, chosen.samples))
+        todo = list(cases(chosen.first, chosen.draws, chosen.small, chosen.samples))
         with ProcessPoolExecutor(chosen.workers) as pool:
             for done in pool.map(partial(attack, bank), todo):
                 outcomes.append(done)

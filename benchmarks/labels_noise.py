@@ -32,6 +32,8 @@ SIGMAS = 4.0
 TENTH = 0.1
 ALMOST = 1e-3
 TARGET, LOW, HIGH = 1.2, 0.93, 0.97
+# Cells of other seeds were looked at while the method was built.
+SEED = 1000
 # Cases solved in one call: small enough for the memory of a core's cache to matter little.
 _CHUNK = {10: 256, 100: 64, 1000: 8}
 
@@ -456,6 +458,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--many", type=int, default=300, help="a cell, C = 1000")
     parser.add_argument("--given", type=int, default=400, help="a cell with a bias gradient")
     parser.add_argument("--quick", action="store_true", help="few cases, nothing written")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the first cell")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
     run = Run(this_command())
@@ -463,7 +466,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"bounds against autograd: {check:.1e}")
     assert check < 1e-12
     jobs = []
-    for seed, cell in enumerate([*cells(False), *cells(True)]):
+    for seed, cell in enumerate([*cells(False), *cells(True)], options.seed):
         count = options.given if cell.biased else options.cases
         count = options.many if cell.classes == 1000 else count
         jobs.append((cell, max(40, count // 40) if options.quick else count, seed))
