@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gradleak.errors import GradleakError
 from gradleak.labels.single import recover_singles
-from gradleak.labels.verdict import LabelResult, SampleLabel
+from gradleak.labels.verdict import Interval, LabelResult, SampleLabel
 from gradleak.metrics import wilson_interval
 from gradleak.softlabels import families
 
@@ -69,12 +69,12 @@ class Cases:
 
 @dataclass(frozen=True)
 class Figure:
-    """One parameter of one case: true value, bound, and the estimate with its standard error."""
+    """One parameter of one case: true value, bound, the estimate and its interval of 95 %."""
 
     value: float
     bound: float
     estimate: float = math.nan
-    stated: float = math.nan
+    stated: Interval | None = None
 
     @property
     def error(self) -> float:
@@ -84,7 +84,7 @@ class Figure:
     @property
     def covered(self) -> bool:
         """Whether the 95 % interval holds the truth."""
-        return abs(self.estimate - self.value) <= 1.959964 * self.stated
+        return self.stated is not None and self.stated.holds(self.value)
 
     @property
     def sharp(self) -> bool:
@@ -277,19 +277,22 @@ def figures(
     if answer is None:
         return {name: Figure(true[name], bound[name]) for name in bound}
     entries = dict(zip(answer.classes, answer.weights, strict=True))
-    errors = dict(zip(answer.classes, answer.weight_errors, strict=True))
+    stated = answer.intervals
+    assert stated is not None
+    intervals = dict(zip(answer.classes, stated.weights, strict=True))
+    base = stated.base or Interval(0.0, 0.0)
     alpha = answer.base * cell.classes
     at_lesser = entries.get(lesser, answer.base)
     found = {
-        "s": (answer.scale, answer.scale_error),
-        "α": (alpha, answer.base_error * cell.classes),
-        "λ": ((at_lesser - answer.base) / (1.0 - alpha), math.nan),
+        "s": (answer.scale, stated.scale),
+        "α": (alpha, Interval(base.low * cell.classes, base.high * cell.classes)),
+        "λ": ((at_lesser - answer.base) / (1.0 - alpha), None),
     }
     made = {name: Figure(true[name], bound[name], *found[name]) for name in bound}
     if "λ" in bound:
         # The interval that is stated is that of the label's entry.
         entry = float(cases.label[index][lesser])
-        made["y"] = Figure(entry, math.nan, at_lesser, errors.get(lesser, answer.base_error))
+        made["y"] = Figure(entry, math.nan, at_lesser, intervals.get(lesser, base))
     return made
 
 

@@ -160,6 +160,90 @@ def test_without_noise_the_maximum_is_the_truth(family: str) -> None:
 
 
 @pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("family", ["smooth", "mixup", "mixup+smooth"])
+def test_an_interval_ends_where_the_profile_of_the_likelihood_does(
+    family: str, biased: bool
+) -> None:
+    draw = Noisy(family, std=0.05, seed=3)
+    result = draw.attack(biased=biased, families=families(family), noise_std=0.05)
+    sample = result.samples[0]
+    assert sample.intervals is not None
+    assert set(sample.classes) <= {2, 5}
+    interval = sample.intervals.base or sample.intervals.weights[0]
+    which = "base" if sample.intervals.base else sample.classes[0]
+
+    def label(free: Tensor, held: float | None) -> Tensor:
+        """Return the label, one entry of it held."""
+        eye = torch.eye(10, dtype=torch.float64)
+        share = torch.zeros(()) if family == "smooth" else free[0]
+        alpha = free[1] if "smooth" in family else torch.zeros(())
+        if held is not None and which == "base":
+            alpha = torch.tensor(10 * held, dtype=torch.float64)
+        elif held is not None:
+            share = torch.tensor(held if which == 5 else 1.0 - held, dtype=torch.float64)
+        return (1 - alpha - share) * eye[2] + share * eye[5] + alpha / 10
+
+    def least(held: float | None) -> float:
+        """Minimise the residual by an optimiser that knows nothing of the structure."""
+        start = [torch.tensor([0.3, 0.2], dtype=torch.float64), draw.feature[0].clone()]
+        free, x = (tensor.requires_grad_() for tensor in start)
+        search = torch.optim.LBFGS([free, x], max_iter=500, line_search_fn="strong_wolfe",
+                                   tolerance_grad=1e-10, tolerance_change=1e-14)  # fmt: skip
+
+        def residual() -> Tensor:
+            delta = torch.softmax(draw.weight @ x + draw.bias, 0) - label(free, held)
+            left = (draw.grad_weight - torch.outer(delta, x)).square().sum()
+            return left + (draw.grad_bias - delta).square().sum() if biased else left
+
+        def closure() -> Tensor:
+            search.zero_grad()
+            loss = 100.0 * residual()
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        for _ in range(5):
+            search.step(closure)  # type: ignore[no-untyped-call]
+        return float(residual().detach())
+
+    best = least(None)
+    rises = [(least(end) - best) / 0.05**2 for end in (interval.low, interval.high) if end > 0.0]
+    assert rises == pytest.approx([1.96**2] * len(rises), abs=0.15)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_little_noise_makes_intervals_of_standard_errors(biased: bool) -> None:
+    draw = Noisy("mixup+smooth", std=1e-5, seed=1)
+    sample = draw.attack(biased=biased).samples[0]
+    stated = sample.intervals
+    assert stated is not None
+    assert stated.base is not None
+    pairs = [
+        (stated.scale, sample.scale, sample.scale_error),
+        (stated.base, sample.base, sample.base_error),
+        *zip(stated.weights, sample.weights, sample.weight_errors, strict=True),
+    ]
+    for interval, value, error in pairs:
+        assert interval.high - value == pytest.approx(1.96 * error, rel=0.03)
+        assert value - interval.low == pytest.approx(1.96 * error, rel=0.03)
+
+
+def test_intervals_do_not_depend_on_what_else_is_asked() -> None:
+    draws = [Noisy("mixup+smooth", std=0.03, seed=seed) for seed in range(6)]
+    together = recover_singles(
+        torch.stack([draw.grad_weight for draw in draws]),
+        torch.stack([draw.weight for draw in draws]),
+        bias=torch.stack([draw.bias for draw in draws]),
+    )
+    for draw, result in zip(draws, together, strict=True):
+        assert isinstance(result, LabelResult)
+        alone, beside = draw.attack().samples[0].intervals, result.samples[0].intervals
+        assert alone is not None
+        assert beside is not None
+        assert beside.scale.low == pytest.approx(alone.scale.low, rel=1e-6)
+        assert beside.scale.high == pytest.approx(alone.scale.high, rel=1e-6)
+
+
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("std", [1e-4, 1e-3, 1e-2])
 def test_the_errors_are_those_that_are_stated(std: float, biased: bool) -> None:
     scaled: list[float] = []

@@ -13,12 +13,11 @@ from gradleak.cli.common import (
     Report,
     check_output,
     choose_inputs,
-    exit_code_of,
     keep_apart,
-    number,
     printable,
     run_stage_on_all,
 )
+from gradleak.cli.label_report import NAME, label_report
 from gradleak.cli.options import (
     ATTACK,
     OUTPUT,
@@ -37,13 +36,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from gradleak.bundle import Bundle
-    from gradleak.labels.counts import ClassCounts
-    from gradleak.labels.verdict import SampleLabel
     from gradleak.stages.label import LabelOutcome
 
-NAME = "recover-label"
 EXAMPLE = "gradleak recover-label grads.safetensors"
-_SHOWN = 8
 _NOTHING: dict[str, object] = {
     "method": None,
     "family": None,
@@ -179,7 +174,7 @@ def command(
             return outcome
         if plot is not None:
             _draw(plot, source, weights, outcome)
-        return _report(source, outcome, plot), outcome.bundle
+        return label_report(source, outcome, plot), outcome.bundle
 
     console = Console(json=json, quiet=quiet, outputs=outputs)
     run_stage_on_all(console, NAME, sources, work, _NOTHING)
@@ -220,130 +215,3 @@ def _factor(text: str | None) -> float | str | None:
         return None if text is None else float(text)
     except ValueError:
         return text
-
-
-def _report(source: str, outcome: LabelOutcome, plot: str | None) -> Report:
-    result = outcome.result
-    rows = [("verdict", f"{result.verdict}: {result.reason}")]
-    if len(result.samples) == 1:
-        sample = result.samples[0]
-        rows += [("family", sample.family), *_entries(sample)]
-        rows.append(("scale", f"{sample.scale:.6g} ± {number(sample.scale_error, 2)}"))
-        if sample.loss_scale is not None:
-            found = f"{sample.loss_scale:.6g} ± {number(sample.loss_scale_error, 2)}"
-            rows.append(("loss scale", found))
-    elif result.samples:
-        rows.append(("samples", f"{len(result.samples)} of {result.batch_size}"))
-        rows += [(f"sample {n}", _line(sample)) for n, sample in enumerate(result.samples)]
-    rows += [
-        ("", f"or {other.family}: {_brief(other)}, scale {other.scale:.6g}")
-        for other in result.alternatives
-    ]
-    rows += [
-        ("", f"valid for every scale in [{i.low:.4g}, {i.high:.4g}]") for i in result.intervals
-    ]
-    if result.counts is not None:
-        rows.append(("hard labels", _estimate(result.counts)))
-    rows += [
-        ("method", result.method),
-        ("head", outcome.head),
-        ("residual", number(result.residual)),
-        ("noise", number(result.noise)),
-        ("rank", str(result.rank)),
-        ("column sums", f"{number(result.column_sums)} of the gradient's size (Theorem 1: 0)"),
-        ("solved in", f"{1e3 * result.seconds:.1f} ms on {outcome.device}"),
-    ]
-    if plot is not None:
-        rows.append(("wrote", plot))
-    data: dict[str, object] = {
-        "input": source,
-        "stage": NAME,
-        "verdict": result.verdict,
-        "reason": result.reason,
-        "method": result.method,
-        "family": result.family,
-        "batch_size": result.batch_size,
-        "samples": [_sample(sample) for sample in result.samples],
-        "residual": result.residual,
-        "noise": result.noise,
-        "loss_scale": _loss_scale(result.samples),
-        "rank": result.rank,
-        "column_sums": result.column_sums,
-        "alternatives": [_sample(sample) for sample in result.alternatives],
-        "intervals": [[i.low, i.high] for i in result.intervals],
-        "counts": None if result.counts is None else _counts(result.counts),
-        "plot": plot,
-        "head": outcome.head,
-        "device": outcome.device,
-        "seconds": result.seconds,
-    }
-    return Report(source, rows, data, exit_code_of(result.verdict))
-
-
-def _entries(sample: SampleLabel) -> list[tuple[str, str]]:
-    rows = [
-        (f"class {index}", f"{weight:.6f} ± {number(error, 2)}")
-        for index, weight, error in zip(
-            sample.classes[:_SHOWN], sample.weights, sample.weight_errors, strict=False
-        )
-    ]
-    hidden = len(sample.classes) - _SHOWN
-    if hidden > 0:
-        rows.append(("", f"and {hidden} more classes (--json lists them all)"))
-    if sample.base > 0:
-        rows.append(("other classes", f"{sample.base:.6g} ± {number(sample.base_error, 2)} each"))
-    return rows
-
-
-def _line(sample: SampleLabel) -> str:
-    """Describe one sample of a batch in a line."""
-    base = f", others {sample.base:.4g}" if sample.base > 0 else ""
-    return f"{sample.family}: {_brief(sample)}{base} (± {number(sample.uncertainty(), 1)})"
-
-
-def _estimate(counts: ClassCounts) -> str:
-    """Say how many samples of a batch seem to be of each class, and what that is worth."""
-    present = [(k, n) for k, n in enumerate(counts.counts.tolist()) if n]
-    shown = ", ".join(f"{n} of class {k}" for k, n in sorted(present, key=lambda x: -x[1])[:_SHOWN])
-    more = ", …" if len(present) > _SHOWN else ""
-    worth = "consistent" if counts.consistent else "not consistent"
-    return f"estimate: {shown}{more} ({worth}: {counts.reason})"
-
-
-def _counts(counts: ClassCounts) -> dict[str, object]:
-    return {
-        "counts": counts.counts.tolist(),
-        "fractions": counts.fractions.tolist(),
-        "residual": counts.residual,
-        "disagreement": counts.disagreement,
-        "confidence": counts.confidence,
-        "consistent": counts.consistent,
-        "reason": counts.reason,
-    }
-
-
-def _brief(sample: SampleLabel) -> str:
-    shown = list(zip(sample.classes, sample.weights, strict=True))[:3]
-    return ", ".join(f"class {index} {weight:.4f}" for index, weight in shown)
-
-
-def _loss_scale(samples: tuple[SampleLabel, ...]) -> dict[str, object] | None:
-    """Return the recovered factor of the loss, None where it was given."""
-    if not samples or samples[0].loss_scale is None:
-        return None
-    return {"value": samples[0].loss_scale, "uncertainty": samples[0].loss_scale_error}
-
-
-def _sample(sample: SampleLabel) -> dict[str, object]:
-    return {
-        "family": sample.family,
-        "classes": list(sample.classes),
-        "weights": list(sample.weights),
-        "base": sample.base,
-        "scale": sample.scale,
-        "uncertainty": {
-            "weights": list(sample.weight_errors),
-            "base": sample.base_error,
-            "scale": sample.scale_error,
-        },
-    }

@@ -24,6 +24,7 @@ from torch.linalg import vecdot
 
 _CG_STEPS, _CG_TOLERANCE = 200, 1e-6
 _TINY, _DAMPING = 1e-300, 1e-12
+_LARGEST_STEP, _SMALLEST_FACTOR = 0.5, 0.3
 # float64 sums of squares resolve no noise smaller than this, relative to the whole gradient.
 _RESOLVED = 1e-7
 
@@ -120,6 +121,15 @@ class Model:
         order = torch.arange(1, self.top.shape[-1], device=self.top.device)
         return torch.cat([order < self.support[..., None], self.base[..., None]], -1)
 
+    def entries(self, to_label: Tensor) -> Tensor:
+        """Return (B, M, K + 1) the label on the K support classes, and elsewhere.
+
+        ``to_label`` is the :func:`label_map`.
+        """
+        values: Tensor = self.theta @ to_label.mT
+        values[..., 0] += 1.0
+        return values
+
     def directions(self, classes: int) -> Tensor:
         """Return E (B, M, C, K) = ∂y/∂θ; zero where a parameter is not free."""
         one = torch.nn.functional.one_hot(self.top, classes).mT.to(self.theta.dtype)
@@ -131,6 +141,15 @@ class Model:
         """Return y (B, M, C) for the ``directions`` of this model."""
         first = torch.zeros_like(directions[..., 0]).scatter(-1, self.top[..., :1], 1.0)
         return first + (directions @ self.theta[..., None]).squeeze(-1)
+
+
+def label_map(theta: Tensor, classes: int) -> Tensor:
+    """Return (K + 1, K): the label on its K support classes, and elsewhere, per unit of θ."""
+    eye = torch.eye(theta.shape[-1], dtype=theta.dtype, device=theta.device)
+    rows = torch.cat([-torch.ones_like(eye[:1]), eye], 0)
+    rows[1:, -1] = 0.0
+    rows[:, -1] += 1.0 / classes
+    return rows
 
 
 @dataclass(frozen=True)
@@ -166,10 +185,29 @@ def take(whole: Fields, rows: Tensor, columns: Tensor) -> Fields:
     return type(whole)(**picked)
 
 
+@dataclass(frozen=True)
+class Aim:
+    """Where a profile of the likelihood is to be followed to.
+
+    ``along`` (B, M, K + 2) is the linear combination of (‖x‖, θ, γ) that is to be as large as it
+    can, ``squares`` (B, M) the residual sum of squares at which.
+    """
+
+    along: Tensor
+    squares: Tensor
+
+
 def linearise(
-    seen: Observation, model: Model, gram: Tensor | None, loss_scale_free: bool
+    seen: Observation,
+    model: Model,
+    gram: Tensor | None,
+    loss_scale_free: bool,
+    aim: Aim | None = None,
 ) -> Linear:
-    """Form the least-squares problem in (t, θ, γ) at ``model`` and solve it."""
+    """Form the least-squares problem in (t, θ, γ) at ``model`` and solve it.
+
+    The step is to the least sum of squares, or to the ``aim``.
+    """
     weight, x, gamma = seen.weight, model.feature, model.loss_scale[..., None]
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     v = x / norm
@@ -234,14 +272,18 @@ def linearise(
     normal = 0.5 * (normal + normal.mT)
     inverse, log_det = _inverse(normal)
     step = (inverse @ pull[..., None]).squeeze(-1)
+    squares = squares_at(seen, along, delta, norm.squeeze(-1), size.squeeze(-1))
+    promise = vecdot(residual, residual) + size.squeeze(-1) * vecdot(across, across)
+    promise = promise - vecdot(target, whitened[..., -1]) + vecdot(step, pull)
+    move = vecdot(step, pull)
+    if aim is not None:
+        step = step + _sideways(aim, inverse, squares - promise)
     # h, from what the step leaves of the residual
     rest = whitened[..., -1] - (whitened[..., :-1] @ step[..., None]).squeeze(-1)
     bent = spread(rest[..., None])[..., 0] @ weight
     bent = bent - vecdot(bent, v)[..., None] * v
     bent = long / size * bent
-    move = vecdot(step, pull) + size.squeeze(-1) * vecdot(across + bent, across + bent)
-    promise = vecdot(residual, residual) + size.squeeze(-1) * vecdot(across, across)
-    promise = promise - vecdot(target, whitened[..., -1]) + vecdot(step, pull)
+    move = move + size.squeeze(-1) * vecdot(across + bent, across + bent)
     # The part of x that the logits hold, class by class: exact where Ω is diagonal.
     held = kappa * (gamma * p).square() * weight.square().sum(-1)[:, None]
     width, size = weight.shape[2] - 1, size.squeeze(-1)
@@ -250,13 +292,41 @@ def linearise(
         across=across + bent,
         direction=v,
         norm=norm.squeeze(-1),
-        squares=squares_at(seen, along, delta, norm.squeeze(-1), size),
+        squares=squares,
         move=move,
         promise=promise,
         free=free,
         inverse=inverse,
         log_det=log_det + held.log1p().sum(-1) + width * size.log(),
         across_variance=(width - (held / (1.0 + held)).sum(-1)).clamp(min=0.0) / size,
+    )
+
+
+def _sideways(aim: Aim, inverse: Tensor, least: Tensor) -> Tensor:
+    """Return what to add to the step that ends at the ``least`` sum of squares, to get to ``aim``.
+
+    The largest c·d at S(d) = S: where S(d) = ``least`` + dᵀ N d it is d = μ N⁻¹ c.
+    """
+    turned = (inverse @ aim.along[..., None]).squeeze(-1)
+    variance = vecdot(aim.along, turned).clamp(min=_TINY)
+    sideways: Tensor = ((aim.squares - least).clamp(min=0.0) / variance).sqrt()[..., None] * turned
+    return sideways
+
+
+def moved(model: Model, now: Linear, length: Tensor) -> Model:
+    """Return ``model`` moved along the step by ``length`` (B, M), the norm by a half at most.
+
+    ``now`` is the problem linearised at ``model``.
+    """
+    limit = _LARGEST_STEP * now.norm / now.step[..., 0].abs().clamp(min=_TINY)
+    by = length * limit.clamp(max=1.0)
+    forward = now.step[..., :1] * now.direction + now.across
+    gamma = model.loss_scale
+    return replace(
+        model,
+        theta=model.theta + by[..., None] * now.step[..., 1:-1],
+        feature=model.feature + by[..., None] * forward,
+        loss_scale=torch.maximum(gamma + by * now.step[..., -1], _SMALLEST_FACTOR * gamma),
     )
 
 

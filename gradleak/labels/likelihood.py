@@ -7,7 +7,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gradleak.labels.gaussian import Fields, Linear, Model, Observation, linearise, squares_of, take
+from gradleak.labels.gaussian import (
+    Fields,
+    Linear,
+    Model,
+    Observation,
+    linearise,
+    moved,
+    squares_of,
+    take,
+)
 
 _STEPS, _HALVINGS = 30, 6
 # Steps smaller than this part of a standard error change nothing.
@@ -18,8 +27,6 @@ _BEHIND, _PATIENCE = 200.0, 10
 # Rounding of the sum of squares, relative to that of the gradient; after so many steps, one that
 # moves by no more has arrived.
 _ROUNDING, _LAST = 1e-14, 5
-_LARGEST_STEP, _SMALLEST_FACTOR = 0.5, 0.3
-_TINY = 1e-300
 
 
 @dataclass(frozen=True)
@@ -76,13 +83,13 @@ def _improved(
     What is not ``going`` (B, M) stays.
     """
     length = torch.ones_like(now.squares)
-    trial = _moved(model, now, length)
+    trial = moved(model, now, length)
     for _ in range(_HALVINGS):
         better = squares_of(seen, trial) <= now.squares + rounding
         if bool((better | ~going).all()):
             break
         length = torch.where(better, length, 0.3 * length)
-        trial = _moved(model, now, length)
+        trial = moved(model, now, length)
     better = going & (squares_of(seen, trial) <= now.squares + rounding)
     wide = better[..., None]
     chosen = replace(
@@ -94,28 +101,19 @@ def _improved(
     return chosen, better
 
 
-def _moved(model: Model, now: Linear, length: Tensor) -> Model:
-    """Return ``model`` moved along the step by ``length`` (B, M), the norm by a half at most."""
-    limit = _LARGEST_STEP * now.norm / now.step[..., 0].abs().clamp(min=_TINY)
-    by = length * limit.clamp(max=1.0)
-    forward = now.step[..., :1] * now.direction + now.across
-    gamma = model.loss_scale
-    return replace(
-        model,
-        theta=model.theta + by[..., None] * now.step[..., 1:-1],
-        feature=model.feature + by[..., None] * forward,
-        loss_scale=torch.maximum(gamma + by * now.step[..., -1], _SMALLEST_FACTOR * gamma),
-    )
-
-
 def _estimate(seen: Observation, model: Model, now: Linear) -> Estimate:
     """State the errors of the maximum, and take from the norm of x̂ what noise added to it."""
     variance = seen.noise[:, None].square()
     both = now.free[..., None] & now.free[..., None, :]
-    square = now.norm.square()
-    scale = (square - variance * now.across_variance).clamp(min=0.25 * square).sqrt()
+    scale = freed_norm(now, variance)
     covariance = torch.where(both, now.inverse, 0.0) * variance[..., None, None]
     return Estimate(model, scale, now.squares, covariance, now.log_det)
+
+
+def freed_norm(now: Linear, variance: Tensor) -> Tensor:
+    """Return ‖x̂‖ (B, M) freed of what noise of ``variance`` (B, 1) added to it."""
+    square = now.norm.square()
+    return (square - variance * now.across_variance).clamp(min=0.25 * square).sqrt()
 
 
 def _put(whole: Fields, rows: Tensor, columns: Tensor, part: Fields) -> Fields:

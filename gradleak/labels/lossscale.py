@@ -17,9 +17,11 @@ from torch import Tensor
 from gradleak.labels.answer import Solved
 from gradleak.labels.decide import Decision
 from gradleak.labels.gaussian import Observation
-from gradleak.labels.maxima import Factors, factorise_noisy, find_maxima
+from gradleak.labels.maxima import find_maxima
 from gradleak.labels.noisy import laid_out
 from gradleak.labels.problem import FamilyTable
+from gradleak.labels.profile import with_intervals
+from gradleak.labels.starts import Factors, factorise_noisy
 from gradleak.labels.verdict import SampleLabel
 from gradleak.labels.weigh import weigh
 from gradleak.softlabels import ARBITRARY, Family
@@ -61,14 +63,15 @@ def _solve_one(
     best = int(found.chi2.nan_to_num(math.inf).argmin())
     if exact:  # the rounding that the answer's own logits and feature explain
         size = (found.loss_scale * found.scale.abs())[:, best]
-        logits = seen.weight[0] @ found.feature[0, best] + seen.bias[0]
+        logits = seen.weight[0] @ found.model.feature[0, best] + seen.bias[0]
         seen = seen.with_noise(_rounding(seen, unit, size, float(logits.abs().amax())))
     # Once more with every family at the loss scale that one of them found.
     grid = torch.cat([grid, found.loss_scale[0, best, None]])
     found = find_maxima(seen, factors, table, loss_scales=grid)
-    (choice,) = weigh(found, families, seen.classes, loss_scale_free=True)
+    chosen = weigh(found, families, seen.classes, loss_scale_free=True)
+    (choice,) = with_intervals(chosen, seen, found, loss_scale_free=True)
     if choice is not None:
-        return choice.decision, found.feature[0, choice.index]
+        return choice.decision, found.model.feature[0, choice.index]
     return _of_no_family(seen, factors)
 
 

@@ -11,8 +11,10 @@ from torch import Tensor
 from gradleak.labels.answer import Solved
 from gradleak.labels.decide import Decision, without_family
 from gradleak.labels.gaussian import Observation
-from gradleak.labels.maxima import Factors, factorise_noisy, find_maxima
+from gradleak.labels.maxima import find_maxima
 from gradleak.labels.problem import FamilyTable
+from gradleak.labels.profile import with_intervals
+from gradleak.labels.starts import Factors, factorise_noisy
 from gradleak.labels.verdict import SampleLabel, dense_labels
 from gradleak.labels.weigh import weigh
 from gradleak.softlabels import Family
@@ -27,14 +29,15 @@ def solve_under_noise(seen: Observation, unit: Tensor, families: Sequence[Family
     table = FamilyTable.of(families, unit.device)
     factors = factorise_noisy(seen, unit)
     found = find_maxima(seen, factors, table)
+    choices = with_intervals(weigh(found, families, seen.classes), seen, found)
     decisions: list[Decision] = []
-    features = found.feature[:, 0].clone()
-    for b, choice in enumerate(weigh(found, families, seen.classes)):
+    features = found.model.feature[:, 0].clone()
+    for b, choice in enumerate(choices):
         if choice is None:
             decision, features[b] = _of_no_family(factors, b, table)
         else:
             decision = choice.decision
-            features[b] = found.feature[b, choice.index]
+            features[b] = found.model.feature[b, choice.index]
         decisions.append(decision)
     return laid_out(seen, decisions, features)
 

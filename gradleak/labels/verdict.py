@@ -12,14 +12,34 @@ if TYPE_CHECKING:
     from gradleak.labels.counts import ClassCounts
 
 Verdict = Literal["unique", "ambiguous", "unidentifiable", "failed"]
+# Standard deviations of a normal distribution that hold 95 % of it.
+INTERVAL_STDS = 1.959963984540054
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A closed interval of the signed scale s within which every label fits the gradient."""
+    """A closed interval of a number; an end is infinite where nothing bounds it."""
 
     low: float
     high: float
+
+    def holds(self, value: float) -> bool:
+        """Return whether ``value`` lies in it."""
+        return self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
+class LabelIntervals:
+    """95 % intervals under noise: of the scale, the label at its classes, its base, the loss scale.
+
+    They are those of the likelihood's profile: not symmetric, and within the simplex. ``base`` is
+    None for a label without one, ``loss_scale`` where it was given.
+    """
+
+    scale: Interval
+    weights: tuple[Interval, ...]
+    base: Interval | None
+    loss_scale: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -29,7 +49,8 @@ class SampleLabel:
     ``classes`` is the support by descending weight, ``weights`` the label's values there, ``base``
     its value everywhere else, ``scale`` the signed norm of the head's input along the gradient's
     right singular vector. ``loss_scale`` is the recovered factor of the loss, None where it was
-    given. The ``*_error`` fields are one standard error each.
+    given. The ``*_error`` fields are one standard error each; under noise the answer has 95 %
+    ``intervals`` besides.
     """
 
     family: str
@@ -42,6 +63,7 @@ class SampleLabel:
     scale_error: float
     loss_scale: float | None = None
     loss_scale_error: float | None = None
+    intervals: LabelIntervals | None = None
 
     def uncertainty(self) -> float:
         """Return the largest standard error of any entry of the label."""
@@ -79,9 +101,10 @@ class LabelResult:
     verdict is not ``unique``; both are None when there is none. ``residual`` is the relative
     residual of the re-simulated head gradient, ``noise`` the estimated standard deviation of the
     noise on one gradient entry; ``rank`` that of the head gradient, which is the number of samples;
-    ``column_sums`` how far its columns are, relative, from summing to zero. ``intervals`` bound the
-    scale where it is not determined. ``counts`` estimates how many samples are of each class, if
-    their labels are hard, where a batch is not recovered whole.
+    ``column_sums`` how far its columns are, relative, from summing to zero. ``intervals`` are
+    those of the signed scale in which every label fits, where it is not determined. ``counts``
+    estimates how many samples are of each class, if their labels are hard, where a batch is not
+    recovered whole.
     """
 
     verdict: Verdict

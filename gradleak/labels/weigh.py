@@ -8,6 +8,7 @@ family is excluded when the answer is more than four standard errors from it.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def weigh(
 
 @dataclass(frozen=True)
 class _Row:
-    """The M maxima of one problem in numbers: the fields of :class:`Maxima`, in its order."""
+    """The M maxima of one problem in numbers, each a field of :class:`Maxima`."""
 
     family: list[int]
     top: list[list[int]]
@@ -69,7 +70,8 @@ class _Row:
 
 
 def _rows(found: Maxima) -> list[_Row]:
-    fields = [value.tolist() for name, value in vars(found).items() if name != "feature"]
+    named = [field.name for field in dataclasses.fields(_Row)]
+    fields = [getattr(found, name).tolist() for name in named]
     return [_Row(*row) for row in zip(*fields, strict=True)]
 
 
@@ -77,11 +79,7 @@ def _choose(
     row: _Row, families: Sequence[Family], classes: int, loss_scale_free: bool
 ) -> Choice | None:
     """Decide between the maxima of one problem."""
-    odds = {
-        m: row.evidence[m] - _PER_PARAMETER * families[row.family[m]].parameters
-        for m in range(len(row.evidence))
-        if _acceptable(row, m)
-    }
+    odds = _log_odds(row, families)
     order = _distinct(row, families, sorted(odds, key=lambda m: -odds[m]))
     if not order:
         return None
@@ -126,6 +124,25 @@ def _choose(
         ),
         best,
     )
+
+
+def _log_odds(row: _Row, families: Sequence[Family]) -> dict[int, float]:
+    """Return the log odds of the maxima that fit, up to a constant.
+
+    Where a maximum lies outside the simplex the likelihood falls from its edge inwards, and a
+    richer family is no more plausible than the simpler one that is the edge.
+    """
+    odds = {
+        m: row.evidence[m] - _PER_PARAMETER * families[row.family[m]].parameters
+        for m in range(len(row.evidence))
+        if _acceptable(row, m)
+    }
+    capped = {}
+    for m, value in odds.items():
+        edges = [odds[k] for k in odds if _special_case(row, families, k, m)]
+        outside = row.base[m] < 0.0 or min(row.weights[m]) < 0.0
+        capped[m] = min(value, max(edges) - _PER_PARAMETER) if outside and edges else value
+    return capped
 
 
 def _acceptable(row: _Row, m: int) -> bool:
