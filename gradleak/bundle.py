@@ -27,6 +27,7 @@ FORMAT = "gradleak.bundle"
 SCHEMA = 1
 GRAD, PARAM, BUFFER = "grad/", "param/", "buffer/"
 LABEL, FEATURE, IMAGE = "label/soft", "feature/", "image/reconstructed"
+LOSS_SCALE = "label/loss_scale"
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,26 @@ class Bundle:
                 f"the bundle's loss was scaled by {by}",
                 "divide the gradients by it, scale 1; or recover-label --loss-scale",
             )
+
+    def without_loss_scale(self) -> Bundle:
+        """Return the bundle with its gradients divided by the loss scale that the label came with.
+
+        Raises :class:`InputError` where that is no positive number.
+        """
+        if LOSS_SCALE not in self:
+            return self
+        scale = self.tensor(LOSS_SCALE).double()
+        if scale.numel() != 1 or not float(scale) > 0.0:
+            raise InputError(
+                f"{LOSS_SCALE} is not one positive number", "run gradleak recover-label again"
+            )
+        tensors = {name: value for name, value in self._tensors.items() if name != LOSS_SCALE}
+        for name in self.names(GRAD):
+            scaled = self.unchecked(GRAD + name)
+            tensors[GRAD + name] = (scaled.double() / float(scale)).to(scaled.dtype)
+        loss = self._json("loss")
+        known = json.dumps({**(loss if isinstance(loss, dict) else {}), "scale": 1.0})
+        return Bundle(tensors, {**self.metadata, "loss": known})
 
     @property
     def stages(self) -> list[dict[str, Any]]:

@@ -298,3 +298,33 @@ def test_the_truth_beside_a_bundle_changes_nothing(
     assert one.keys() == other.keys()
     assert one == other
     assert "image/reconstructed" in one
+
+
+@pytest.mark.parametrize(
+    ("network", "factor", "told"),
+    [
+        ("fcn4", 64.0, 64.0),
+        ("fcn4", 0.3, 0.3),
+        ("lenet", 64.0, "unknown"),
+        ("lenet", 0.3, "unknown"),
+    ],
+)
+def test_a_loss_scale_is_divided_out_for_the_later_stages(
+    network: str, factor: float, told: float | str
+) -> None:
+    model = build_model(network, classes=20, size=32)
+    image = load_image(CAT, 32).pixels[None]
+    captured = gradleak.capture(model, image, torch.tensor([3])).bundle
+    scaled = {f"grad/{name}": factor * g for name, g in captured.tensors("grad/").items()}
+    bundle = captured.extended(scaled, metadata={"loss": json.dumps({"scale": None})})
+    labelled = gradleak.recover_label(bundle, loss_scale=told)
+    assert labelled.result.verdict == "unique"
+    featured = gradleak.recover_feature(labelled.bundle)
+    assert featured.verdict == "unique"
+    if network == "fcn4":
+        assert gradleak.reconstruct(featured.bundle).verdict == "unique"
+    truth = gradleak.recover_feature(gradleak.recover_label(captured).bundle)
+    for found, known in zip(featured.layers, truth.layers, strict=True):
+        assert float((found.features - known.features).norm() / known.features.norm()) < 1e-4
+    again = gradleak.recover_label(captured.extended({"label/loss_scale": torch.tensor(7.0)}))
+    assert float(again.bundle.tensor("label/loss_scale")) == 1.0

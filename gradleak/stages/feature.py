@@ -85,6 +85,7 @@ def recover_feature(
     where = resolve_device(device)
     if LABEL not in bundle:
         raise IncompleteError(f"the bundle holds no {LABEL}", "run gradleak recover-label first")
+    given, bundle = bundle, bundle.without_loss_scale()
     label = bundle.tensor(LABEL, where).double()
     name = head if head is not None else find_head(bundle)
     layers = _chain(bundle, name)
@@ -124,7 +125,7 @@ def recover_feature(
     )
     found = {FEATURE + peeled.name: peeled.features for peeled in peeling.layers}
     return FeatureOutcome(
-        bundle=bundle.extended(found, record=record),
+        bundle=given.extended(found, record=record),
         verdict=verdict,
         reason=reason,
         method=method,

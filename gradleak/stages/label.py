@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gradleak.bundle import LABEL, Bundle, StageRecord
+from gradleak.bundle import LABEL, LOSS_SCALE, Bundle, StageRecord
 from gradleak.device import resolve_device
 from gradleak.errors import GradleakError, UsageError
 from gradleak.head import Head, read_head
@@ -345,6 +345,10 @@ def _outcome(
         verdict=result.verdict,
     )
     found = {} if result.labels is None else {LABEL: result.labels}
+    recovered = result.samples[0].loss_scale if result.samples else None
+    scale = recovered or attack.options.loss_scale or 1.0
+    if found and (attack.scale_stated or LOSS_SCALE in bundle):
+        found[LOSS_SCALE] = torch.tensor(scale, dtype=torch.float64)
     extended = bundle.extended(found, record=record)
     return LabelOutcome(extended, result, head.name, str(attack.device))
 
