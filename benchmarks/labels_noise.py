@@ -278,7 +278,8 @@ def figures(
         return {name: Figure(true[name], bound[name]) for name in bound}
     entries = dict(zip(answer.classes, answer.weights, strict=True))
     stated = answer.intervals
-    assert stated is not None
+    if stated is None:  # a label of no family: it answers nothing that is asked here
+        return {name: Figure(true[name], bound[name]) for name in bound}
     intervals = dict(zip(answer.classes, stated.weights, strict=True))
     base = stated.base or Interval(0.0, 0.0)
     alpha = answer.base * cell.classes
@@ -477,7 +478,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         futures = [pool.submit(score, *job) for job in jobs]
         done = []
         for (cell, _, _), future in zip(jobs, futures, strict=True):
-            scores = future.result()
+            try:
+                scores = future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
             done.append((cell, scores))
             for row in (*error_rows(cell, scores), coverage_row(cell, scores)):
                 print(" | ".join(row))
