@@ -1,0 +1,122 @@
+"""What a kind of layer has to say to the walker, and the table of the kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from gradleak.calculus.trace import Operation
+from gradleak.calculus.window import Window
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A recovered tensor of the forward pass: ``value`` and the standard deviation ``std`` of it.
+
+    Both have the tensor's shape (N, …). ``known`` says which entries are (all, if None).
+    """
+
+    value: Tensor
+    std: Tensor
+    known: Tensor | None = None
+
+    def reshaped(self, shape: tuple[int, ...]) -> Estimate:
+        """Return the estimate in another shape."""
+        known = None if self.known is None else self.known.view(shape)
+        return Estimate(self.value.reshape(shape), self.std.reshape(shape), known)
+
+
+class Stopped(Exception):  # noqa: N818  a walk that stops has not failed
+    """Why nothing is passed to what lies below an operation."""
+
+
+class Walking(Protocol):
+    """What an operation may ask of the walk that it is part of."""
+
+    state: Mapping[str, Tensor]
+    shapes: Mapping[int, tuple[int, ...]]
+
+    def value(self, tensor: int) -> Estimate:
+        """Return what is recovered of a tensor; raises :class:`Stopped` where nothing is."""
+
+    def settle(self, operation: int, value: Estimate) -> Tensor:
+        """Return the mask of the rectifier that made a tensor, settled by what lies below."""
+
+
+class Layer:
+    """One kind of operation. A new kind overrides what it can do and is registered by name.
+
+    ``elementwise`` says that an entry of the output depends on that entry of the inputs alone.
+    """
+
+    elementwise = False
+
+    def delta_below(
+        self, operation: Operation, delta: Tensor, walk: Walking
+    ) -> Mapping[int, Tensor]:
+        """Return ∂loss/∂input of each input tensor, given that of the output.
+
+        Raises :class:`Stopped` where it cannot be had.
+        """
+        raise Stopped(f"no delta passes {operation.kind}")
+
+    def value_below(
+        self, operation: Operation, value: Estimate, walk: Walking
+    ) -> Estimate | None:
+        """Return the input of an operation of one input from its output, None if not unique."""
+        return None
+
+    def window(self, operation: Operation, walk: Walking) -> Window | None:
+        """Return what the layer's weights read of its input, None if that is not known."""
+        return None
+
+    def weight(self, operation: Operation) -> str | None:
+        """Return the name of the layer's weight, None without one."""
+        return None
+
+
+class Affine(Layer):
+    """An operation that is affine in its inputs: δ passes by the transposed map."""
+
+    def delta_below(
+        self, operation: Operation, delta: Tensor, walk: Walking
+    ) -> Mapping[int, Tensor]:
+        """Apply the transposed map; see the base class."""
+        return transposed(operation, delta, walk)
+
+
+def transposed(operation: Operation, delta: Tensor, walk: Walking) -> Mapping[int, Tensor]:
+    """Apply the transpose of an affine operation to ``delta``."""
+    with torch.enable_grad():
+        inputs = [
+            torch.zeros(walk.shapes[number], dtype=delta.dtype, device=delta.device).requires_grad_()
+            for number in operation.inputs
+        ]
+        output = operation.run(inputs, walk.state)
+        found = torch.autograd.grad(output, inputs, delta)
+    return dict(zip(operation.inputs, found, strict=True))
+
+
+Kind = TypeVar("Kind", bound=Layer)
+_LAYERS: dict[str, Layer] = {}
+
+
+def register(*kinds: str) -> Callable[[type[Kind]], type[Kind]]:
+    """Enter a class of layer in the table, for operations of these ``kinds``."""
+
+    def enter(layer: type[Kind]) -> type[Kind]:
+        _LAYERS.update(dict.fromkeys(kinds, layer()))
+        return layer
+
+    return enter
+
+
+def layer_of(kind: str) -> Layer | None:
+    """Return the layer of a kind of operation, None if there is none."""
+    import gradleak.calculus.layers  # noqa: F401  enters the built-in kinds
+
+    return _LAYERS.get(kind)

@@ -1,0 +1,21 @@
+"""The built-in kinds of layers; importing this enters them in the table."""
+
+from gradleak.calculus.layers import (
+    activation,
+    convolution,
+    linear,
+    normalisation,
+    pooling,
+    rearrangement,
+    rectifier,
+)
+
+__all__ = [
+    "activation",
+    "convolution",
+    "linear",
+    "normalisation",
+    "pooling",
+    "rearrangement",
+    "rectifier",
+]

@@ -1,0 +1,37 @@
+"""BatchNorm with running statistics: an affine map of each channel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from gradleak.calculus.layer import Affine, Estimate, Stopped, Walking, register
+from gradleak.calculus.trace import Operation
+
+
+@register("batch_norm")
+class BatchNorm(Affine):
+    """BatchNorm in eval mode."""
+
+    elementwise = True
+
+    def delta_below(
+        self, operation: Operation, delta: Tensor, walk: Walking
+    ) -> Mapping[int, Tensor]:
+        """Scale δ channel by channel; statistics of the batch itself would mix the samples."""
+        if operation.argument(5, "training", False):
+            raise Stopped("it normalises with the statistics of the batch")
+        return super().delta_below(operation, delta, walk)
+
+    def value_below(
+        self, operation: Operation, value: Estimate, walk: Walking
+    ) -> Estimate | None:
+        """Undo the scale and shift."""
+        zero = torch.zeros_like(value.value)
+        shift = operation.run([zero], walk.state)
+        scale = operation.run([zero + 1.0], walk.state) - shift
+        if bool((scale == 0.0).any()):
+            return None
+        return Estimate((value.value - shift) / scale, value.std / scale.abs(), value.known)

@@ -1,0 +1,104 @@
+"""The input of a layer from its gradient: least squares, with the errors of every unknown (§6a)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradleak.calculus.window import Window
+
+# Unknowns per channel up to which a symmetric eigenproblem is solved; beyond, Cholesky.
+_DENSE = 2200
+# A condition number beyond this leaves no digit of float64's normal equations.
+_SINGULAR = 1e7
+# Rounding of the solution itself, relative to its largest entry.
+_FLOOR = 1e-14
+
+
+@dataclass(frozen=True)
+class LayerEquations:
+    """The gradient G (O, C, T) of one layer and the ``delta`` (N, O, P) at its output.
+
+    Linear equations for the layer's input (N, C, places): O·T of them for the N·places unknowns of
+    each channel.
+    """
+
+    window: Window
+    delta: Tensor
+    gradient: Tensor
+
+    def without(self, channels: Tensor) -> LayerEquations:
+        """Return the equations of all output channels but those of the mask ``channels`` (O,)."""
+        return LayerEquations(self.window, self.delta[:, ~channels], self.gradient[~channels])
+
+    def matrix(self) -> Tensor:
+        """Return A (O·T, N·places)."""
+        return self.window.matrix(self.delta)
+
+    def target(self) -> Tensor:
+        """Return the right-hand side (O·T, C)."""
+        return self.gradient.transpose(1, 2).flatten(0, 1)
+
+    def residuals(self, x: Tensor) -> Tensor:
+        """Return (O, C, T) what the input ``x`` (N, C, places) leaves of the gradient."""
+        return self.gradient - self.window.gradient(self.delta, x)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """An input ``x`` (N, C, places) and the standard deviation ``std`` of each entry.
+
+    ``residual`` is what is left of all right-hand sides, relative; ``condition`` the condition
+    number of the equations, infinite where they do not determine the input.
+    """
+
+    x: Tensor
+    std: Tensor
+    residual: float
+    condition: float
+
+    @property
+    def determined(self) -> bool:
+        """Whether the equations determine the input."""
+        return math.isfinite(self.condition)
+
+
+def solve_input(equations: Sequence[LayerEquations]) -> Solution:
+    """Solve the equations of all layers that read one input, weighted by their gradients' sizes."""
+    first = equations[0]
+    samples, channels = first.delta.shape[0], first.gradient.shape[1]
+    sizes = [float(torch.linalg.vector_norm(e.gradient)) for e in equations]
+    weights = [sizes[0] / size if size > 0.0 else 0.0 for size in sizes]
+    matrix = torch.cat([w * e.matrix() for w, e in zip(weights, equations, strict=True)])
+    target = torch.cat([w * e.target() for w, e in zip(weights, equations, strict=True)])
+    unknowns = matrix.shape[1]
+    if len(matrix) < unknowns or not sizes[0] > 0.0:
+        return _undetermined(samples, channels, first.window.places, matrix)
+    normal = matrix.mT @ matrix
+    values, vectors = torch.linalg.eigh(normal)
+    condition = float((values[-1] / values[0].clamp(min=1e-300)).sqrt())
+    if not condition < _SINGULAR:
+        return _undetermined(samples, channels, first.window.places, matrix)
+
+    def inverse(right: Tensor) -> Tensor:
+        return vectors @ ((vectors.mT @ (matrix.mT @ right)) / values[:, None])
+
+    x = inverse(target)
+    x = x + inverse(target - matrix @ x)
+    left = target - matrix @ x
+    spare = max(len(matrix) - unknowns, 1)
+    noise = (left.square().sum(0) / spare).sqrt()
+    spread = (vectors.square() / values).sum(1).sqrt()
+    std = spread[:, None] * noise + _FLOOR * x.abs().amax()
+    residual = float(torch.linalg.vector_norm(left) / torch.linalg.vector_norm(target))
+    shape = (samples, first.window.places, channels)
+    return Solution(x.view(shape).mT, std.view(shape).mT, residual, condition)
+
+
+def _undetermined(samples: int, channels: int, places: int, like: Tensor) -> Solution:
+    nothing = like.new_zeros(samples, channels, places)
+    return Solution(nothing, torch.full_like(nothing, math.inf), 1.0, math.inf)

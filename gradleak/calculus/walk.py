@@ -1,0 +1,257 @@
+"""The walk from the logits towards the image (ALGORITHMS §6).
+
+Operations are visited in the reverse of the order in which they ran, so δ of a tensor is complete
+before what made it is visited. A tensor's value is recovered when an operation asks for it, from the
+gradients of all layers that read it. Where an operation cannot pass δ on, all that lies below it on
+that path is out of reach, and the walk says which it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradleak.calculus.gates import GatedLayer, read_gate, settle
+from gradleak.calculus.layer import Estimate, Layer, Stopped, layer_of
+from gradleak.calculus.solve import LayerEquations, Solution, solve_input
+from gradleak.calculus.trace import Operation, Trace
+
+# Residual beyond which a map is not taken for recovered at all.
+_LOST = 0.05
+# Roundings of the gradient that a residual is expected to have.
+_ROUNDINGS = 4.0
+
+
+@dataclass(frozen=True)
+class PeeledMap:
+    """The input (N, …) of the layers ``names``, with what its equations say of it.
+
+    ``equations`` and ``unknowns`` are those of one channel; ``changed`` counts the units of the
+    rectifier above that were settled against their first reading.
+    """
+
+    names: tuple[str, ...]
+    estimate: Estimate
+    equations: int
+    unknowns: int
+    condition: float
+    residual: float
+    changed: int
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """An operation that the walk did not get past, and ``why``."""
+
+    name: str
+    why: str
+
+
+class Walk:
+    """One walk through a :class:`Trace`; ``maps`` and ``barriers`` say how far it got."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        state: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        delta: Tensor,
+        feature: Tensor,
+    ) -> None:
+        """Begin at the logits.
+
+        ``state`` are parameters and buffers and ``gradients`` those of the loss, by name and of
+        any dtype; ``delta`` (N, C) is ∂loss/∂logits, ``feature`` (N, D) the head's input.
+        """
+        self.trace = trace
+        self.shapes = trace.shapes
+        self.state = {n: t.double() if t.is_floating_point() else t for n, t in state.items()}
+        self.gradients = {name: tensor.double() for name, tensor in gradients.items()}
+        unit = max(torch.finfo(tensor.dtype).eps for tensor in gradients.values())
+        self._usual = _ROUNDINGS * unit
+        self._deltas = {trace.logits: delta.double()}
+        self._values: dict[int, Estimate] = {}
+        self._masks: dict[int, Tensor] = {}
+        self.maps: list[PeeledMap] = []
+        self.barriers: list[Barrier] = []
+        head = trace.producer(trace.logits)
+        if head is not None:
+            wide = feature.double()
+            std = torch.full_like(wide, float(unit * wide.abs().amax()))
+            self._values[head.inputs[0]] = Estimate(wide, std)
+
+    def run(self) -> None:
+        """Visit every operation."""
+        received: dict[int, int] = {}
+        for operation in reversed(self.trace.operations):
+            output = operation.output
+            complete = received.get(output, 0) == len(self.trace.users(output))
+            if output not in self._deltas or not complete:
+                self._deltas.pop(output, None)
+                continue
+            try:
+                below = self._layer(operation).delta_below(operation, self._deltas[output], self)
+            except Stopped as why:
+                self.barriers.append(Barrier(operation.name, str(why)))
+                continue
+            for number, delta in below.items():
+                self._deltas[number] = self._deltas.get(number, 0.0) + delta
+                received[number] = received.get(number, 0) + 1
+
+    def delta(self, tensor: int) -> Tensor | None:
+        """Return ∂loss/∂tensor, None where it was not reached."""
+        return self._deltas.get(tensor)
+
+    def value(self, tensor: int) -> Estimate:
+        """Return what is recovered of a tensor; raises :class:`Stopped` where nothing is."""
+        if tensor not in self._values:
+            found = self._handed_down(tensor)
+            self._values[tensor] = self._solved(tensor) if found is None else found
+        return self._values[tensor]
+
+    def mask(self, operation: Operation) -> Tensor:
+        """Return which units (N, …) of a rectifier were open."""
+        if operation.output not in self._masks:
+            value = self.value(operation.output)
+            shape = value.value.shape
+            gate = read_gate(_planes(value.value), _planes(value.std))
+            mask = gate.mask
+            below = self._gated(operation)
+            if below is not None:
+                tensor, layer, readers = below
+                others = self._equations([r for r in readers if r is not layer[0]])
+                settled = settle(gate, layer[1], others, self._usual)
+                mask = settled.mask
+                if settled.solution.determined:
+                    equations = [layer[1].equations(mask), *others]
+                    self._keep(tensor, readers, equations, settled.solution, settled.changed)
+            self._masks[operation.output] = mask.view(shape)
+        return self._masks[operation.output]
+
+    def _layer(self, operation: Operation) -> Layer:
+        layer = layer_of(operation.kind)
+        if layer is None:
+            raise Stopped(f"no layer of the kind {operation.kind} is known")
+        return layer
+
+    def _handed_down(self, tensor: int) -> Estimate | None:
+        """Return the value that a reader of ``tensor`` hands down from its own output."""
+        for reader in self.trace.users(tensor):
+            layer = layer_of(reader.kind)
+            if layer is None or len(reader.inputs) != 1 or self._weighted(reader):
+                continue
+            try:
+                found = layer.value_below(reader, self.value(reader.output), self)
+            except Stopped:
+                continue
+            if found is not None:
+                return found
+        return None
+
+    def _weighted(self, operation: Operation) -> bool:
+        layer = layer_of(operation.kind)
+        return layer is not None and layer.weight(operation) is not None
+
+    def _equations(self, readers: Sequence[Operation]) -> list[LayerEquations]:
+        """Return the equations of those ``readers`` whose δ and gradient are there."""
+        found = []
+        for reader in readers:
+            layer, delta = layer_of(reader.kind), self._deltas.get(reader.output)
+            gradient = self._gradient(reader)
+            window = None if layer is None else layer.window(reader, self)
+            if delta is not None and gradient is not None and window is not None:
+                found.append(LayerEquations(window, _planes(delta), gradient))
+        return found
+
+    def _gradient(self, operation: Operation) -> Tensor | None:
+        """Return the gradient (O, C, T) of an operation's weight, None where there is none."""
+        layer = layer_of(operation.kind)
+        name = None if layer is None else layer.weight(operation)
+        if name is None or name not in self.gradients:
+            return None
+        gradient = self.gradients[name]
+        return gradient.reshape(*gradient.shape[:2], -1)
+
+    def _solved(self, tensor: int) -> Estimate:
+        """Recover a tensor from the gradients of the layers that read it."""
+        readers = self.trace.users(tensor)
+        equations = self._equations(readers)
+        if not equations:
+            raise Stopped("no gradient says what its output was")
+        solution = solve_input(equations)
+        if not solution.determined:
+            rows = sum(e.delta.shape[1] * e.window.taps for e in equations)
+            unknowns = equations[0].delta.shape[0] * equations[0].window.places
+            raise Stopped(
+                f"{rows} equations for {unknowns} unknowns a channel"
+                + ("" if rows < unknowns else ", and not independent")
+            )
+        return self._keep(tensor, readers, equations, solution, 0)
+
+    def _keep(
+        self,
+        tensor: int,
+        readers: Sequence[Operation],
+        equations: Sequence[LayerEquations],
+        solution: Solution,
+        changed: int,
+    ) -> Estimate:
+        """Take down a solved tensor; raises :class:`Stopped` where it does not fit at all."""
+        if solution.residual > _LOST:
+            raise Stopped(f"its equations leave {solution.residual:.0%} of the gradient")
+        shape = self.shapes[tensor]
+        estimate = Estimate(solution.x.reshape(shape), solution.std.reshape(shape))
+        self._values[tensor] = estimate
+        self._usual = max(self._usual, min(solution.residual, 20.0 * self._usual))
+        self.maps.append(
+            PeeledMap(
+                names=tuple(r.name for r in readers if self._gradient(r) is not None),
+                estimate=estimate,
+                equations=sum(e.delta.shape[1] * e.window.taps for e in equations),
+                unknowns=solution.x.shape[0] * solution.x.shape[2],
+                condition=solution.condition,
+                residual=solution.residual,
+                changed=changed,
+            )
+        )
+        return estimate
+
+    def _gated(
+        self, operation: Operation
+    ) -> tuple[int, tuple[Operation, GatedLayer], list[Operation]] | None:
+        """Find the layer below a rectifier whose gradient settles its mask, the best counted one.
+
+        Returns the tensor that it reads, the layer and its equations, and all readers of it.
+        """
+        found = []
+        waiting = [(operation.inputs[0], self._deltas[operation.output])]
+        while waiting:
+            tensor, delta = waiting.pop()
+            maker = self.trace.producer(tensor)
+            # What others read besides has a δ of its own, which is not gated.
+            if maker is None or len(self.trace.users(tensor)) > 1:
+                continue
+            layer = layer_of(maker.kind)
+            gradient = self._gradient(maker)
+            if layer is not None and gradient is not None:
+                window = layer.window(maker, self)
+                if window is not None:
+                    found.append((maker, GatedLayer(window, _planes(delta), gradient)))
+            elif layer is not None and layer.elementwise and not isinstance(layer, type(self)):
+                try:
+                    waiting += layer.delta_below(maker, delta, self).items()
+                except Stopped:
+                    continue
+        if not found:
+            return None
+        best = max(found, key=lambda item: item[1].coefficient.shape[1] * item[1].window.taps)
+        tensor = best[0].inputs[0]
+        return tensor, best, self.trace.users(tensor)
+
+
+def _planes(tensor: Tensor) -> Tensor:
+    """Return a tensor (N, C, …) as (N, C, places)."""
+    return tensor.reshape(*tensor.shape[:2], -1)
