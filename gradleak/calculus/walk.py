@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradleak.calculus.gates import GatedLayer, read_gate, settle
+from gradleak.calculus.gates import Gate, GatedLayer, read_gate, settle
 from gradleak.calculus.layer import Estimate, Layer, Stopped, layer_of
+from gradleak.calculus.pooled import pooled_gate
 from gradleak.calculus.solve import LayerEquations, Solution, solve_input
 from gradleak.calculus.trace import Operation, Trace
 
@@ -115,21 +116,30 @@ class Walk:
     def mask(self, operation: Operation) -> Tensor:
         """Return which units (N, …) of a rectifier were open."""
         if operation.output not in self._masks:
-            value = self.value(operation.output)
-            shape = value.value.shape
-            gate = read_gate(_planes(value.value), _planes(value.std))
-            mask = gate.mask
             below = self._gated(operation)
+            gate = self._read(operation, None if below is None else below[1][1])
+            mask = gate.mask
             if below is not None:
-                tensor, layer, readers = below
-                others = self._equations([r for r in readers if r is not layer[0]])
-                settled = settle(gate, layer[1], others, self._usual)
+                tensor, (maker, layer), readers = below
+                others = self._equations([r for r in readers if r is not maker])
+                settled = settle(gate, layer, others, self._usual)
                 mask = settled.mask
                 if settled.solution.determined:
-                    equations = [layer[1].equations(mask), *others]
+                    equations = [layer.equations(mask), *others]
                     self._keep(tensor, readers, equations, settled.solution, settled.changed)
-            self._masks[operation.output] = mask.view(shape)
+            self._masks[operation.output] = mask.view(self.shapes[operation.output])
         return self._masks[operation.output]
+
+    def _read(self, operation: Operation, below: GatedLayer | None) -> Gate:
+        """Read the gate of a rectifier off its output or, under pooling, off the layer below."""
+        try:
+            value = self.value(operation.output)
+        except Stopped:
+            gate = None if below is None else pooled_gate(below)
+            if gate is None:
+                raise
+            return gate
+        return read_gate(_planes(value.value), _planes(value.std))
 
     def _layer(self, operation: Operation) -> Layer:
         layer = layer_of(operation.kind)
