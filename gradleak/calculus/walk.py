@@ -8,13 +8,15 @@ that path is out of reach, and the walk says which it was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gradleak.calculus.gates import Gate, GatedLayer, read_gate, settle
+from gradleak.calculus.joint import DENSE, ForwardEquations, solve_jointly
 from gradleak.calculus.layer import Estimate, Layer, Stopped, layer_of
 from gradleak.calculus.pooled import pooled_gate
 from gradleak.calculus.solve import LayerEquations, Solution, solve_input
@@ -24,6 +26,24 @@ from gradleak.calculus.trace import Operation, Trace
 _LOST = 0.05
 # Roundings of the gradient that a residual is expected to have.
 _ROUNDINGS = 4.0
+
+
+class Widened(Mapping[str, Tensor]):
+    """Tensors by name, in float64 while somebody looks at them."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        """Wrap ``tensors`` of any dtype."""
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        return tensor.double() if tensor.is_floating_point() else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 @dataclass(frozen=True)
@@ -69,9 +89,10 @@ class Walk:
         """
         self.trace = trace
         self.shapes = trace.shapes
-        self.state = {n: t.double() if t.is_floating_point() else t for n, t in state.items()}
-        self.gradients = {name: tensor.double() for name, tensor in gradients.items()}
+        self.state = Widened(state)
+        self.gradients = Widened(gradients)
         unit = max(torch.finfo(tensor.dtype).eps for tensor in gradients.values())
+        self._unit = unit
         self._usual = _ROUNDINGS * unit
         self._deltas = {trace.logits: delta.double()}
         self._values: dict[int, Estimate] = {}
@@ -101,6 +122,10 @@ class Walk:
             for number, delta in below.items():
                 self._deltas[number] = self._deltas.get(number, 0.0) + delta
                 received[number] = received.get(number, 0) + 1
+        try:
+            self.value(0)
+        except Stopped as why:
+            self.barriers.append(Barrier("image", str(why)))
 
     def delta(self, tensor: int) -> Tensor | None:
         """Return ∂loss/∂tensor, None where it was not reached."""
@@ -186,20 +211,51 @@ class Walk:
         return gradient.reshape(*gradient.shape[:2], -1)
 
     def _solved(self, tensor: int) -> Estimate:
-        """Recover a tensor from the gradients of the layers that read it."""
+        """Recover a tensor from what the layers that read it know: their gradients and outputs."""
         readers = self.trace.users(tensor)
         equations = self._equations(readers)
-        if not equations:
+        forward = self._forward(readers)
+        if not equations and not forward:
             raise Stopped("no gradient says what its output was")
-        solution = solve_input(equations)
-        if not solution.determined:
-            rows = sum(e.delta.shape[1] * e.window.taps for e in equations)
-            unknowns = equations[0].delta.shape[0] * equations[0].window.places
-            raise Stopped(
-                f"{rows} equations for {unknowns} unknowns a channel"
-                + ("" if rows < unknowns else ", and not independent")
-            )
-        return self._keep(tensor, readers, equations, solution, 0)
+        shape = self.shapes[tensor]
+        rows = sum(e.delta.shape[1] * e.window.taps for e in equations)
+        unknowns = math.prod(shape) // shape[1]
+        solution = solve_input(equations) if equations else None
+        if solution is not None and solution.determined:
+            return self._keep(tensor, readers, equations, solution, 0)
+        count = rows * shape[1] + sum(part.count() for part in forward)
+        if forward and count >= math.prod(shape):
+            if math.prod(shape) > DENSE:
+                raise Stopped(f"{math.prod(shape)} unknowns are too many for its joint equations")
+            solution = solve_jointly(equations, forward, shape, self._unit)
+            if solution.determined:
+                return self._keep(tensor, readers, equations, solution, 0)
+        beside = sum(part.count() for part in forward)
+        raise Stopped(
+            f"{rows} equations for {unknowns} unknowns a channel"
+            + (f" and {beside} from its output" if beside else "")
+            + ("" if count < math.prod(shape) else ", not independent")
+        )
+
+    def _forward(self, readers: Sequence[Operation]) -> list[ForwardEquations]:
+        """Return what is known of the outputs of those ``readers`` that have weights."""
+        found = []
+        for reader in readers:
+            if not self._weighted(reader):
+                continue
+            try:
+                output = self.value(reader.output)
+            except Stopped:
+                continue
+            known = output.known
+            if known is None:
+                known = torch.ones_like(output.value, dtype=torch.bool)
+
+            def apply(x: Tensor, reader: Operation = reader) -> Tensor:
+                return reader.run([x], self.state)
+
+            found.append(ForwardEquations(apply, output.value, output.std, known))
+        return found
 
     def _keep(
         self,
