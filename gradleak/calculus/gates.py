@@ -3,8 +3,8 @@
 Below a rectifier δ is known up to its mask. Where the map above was recovered with noise, units
 near zero are in doubt. The layer below has more equations than unknowns: channels with a doubtful
 unit are left out, the input is solved for from the others, and then each doubtful unit is the
-unknown of a least-squares problem on its own channel. A mistake shows as a jump of the residual, and
-is looked for in the channels where that is largest.
+unknown of a least-squares problem on its own channel. A mistake shows as a jump of the residual,
+and is looked for in the channels where that is largest.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _decided(mask: Tensor, units: Tensor, layer: GatedLayer, x: Tensor) -> Tenso
     mask[units[:, 0], units[:, 1], units[:, 2]] = False
     patches = layer.window.patches(x)  # (N, C, T, P)
     left = layer.equations(mask).residuals(x)
-    for channel in units[:, 1].unique().tolist():
+    for channel in sorted(set(units[:, 1].tolist())):
         own = units[units[:, 1] == channel]
         columns = patches[own[:, 0], :, :, own[:, 2]].flatten(1)
         columns = columns * layer.coefficient[own[:, 0], channel, own[:, 2], None]

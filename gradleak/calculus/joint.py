@@ -21,11 +21,12 @@ DENSE = 4600
 # A pivot below this, of normal equations with a unit diagonal, is rounding.
 _SINGULAR = 1e-15
 _REFINEMENTS, _POWER = 3, 30
+_CHUNK = 512
 
 
 @dataclass(frozen=True)
 class ForwardEquations:
-    """A layer's ``output`` (N, …) with errors ``std``, where ``known``; ``apply`` is x ↦ W x + b."""
+    """A layer's ``output`` (N, …), where ``known``, with errors ``std``; ``apply`` is the layer."""
 
     apply: Callable[[Tensor], Tensor]
     output: Tensor
@@ -66,7 +67,8 @@ class _Forward:
         start = output.new_zeros(1, *shape[1:])
         offset = equations.apply(start)
         eye = torch.eye(start.numel(), dtype=output.dtype, device=output.device)
-        parts = eye.view(-1, *shape[1:]).split(512)
+        eye = eye.view(-1, *shape[1:])
+        parts = [eye[first : first + _CHUNK] for first in range(0, len(eye), _CHUNK)]
         columns = torch.cat([equations.apply(part) for part in parts]) - offset
         self._map = columns.flatten(1)  # (C·places, outputs)
         self._target = (output - offset).flatten(1)
@@ -75,10 +77,15 @@ class _Forward:
 
     def normal(self) -> Tensor:
         blocks = [(self._map * root.square()) @ self._map.mT for root in self._root]
-        return torch.block_diag(*blocks)
+        n = len(blocks[0])
+        whole = blocks[0].new_zeros(len(blocks) * n, len(blocks) * n)
+        for k, block in enumerate(blocks):
+            whole[k * n : (k + 1) * n, k * n : (k + 1) * n] = block
+        return whole
 
     def left(self, x: Tensor) -> Tensor:
-        return self._root * (self._target - x.flatten(1) @ self._map)
+        rest: Tensor = self._root * (self._target - x.flatten(1) @ self._map)
+        return rest
 
     def back(self, left: Tensor) -> Tensor:
         return ((self._root * left) @ self._map.mT).view(len(left), self._shape[1], -1)

@@ -30,21 +30,26 @@ class Estimate:
         return Estimate(self.value.reshape(shape), self.std.reshape(shape), known)
 
 
-class Stopped(Exception):  # noqa: N818  a walk that stops has not failed
+class Stopped(Exception):
     """Why nothing is passed to what lies below an operation."""
 
 
 class Walking(Protocol):
     """What an operation may ask of the walk that it is part of."""
 
-    state: Mapping[str, Tensor]
-    shapes: Mapping[int, tuple[int, ...]]
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """Parameters and buffers by name, in float64."""
+
+    @property
+    def shapes(self) -> Mapping[int, tuple[int, ...]]:
+        """Shapes of the tensors of the forward pass, by number."""
 
     def value(self, tensor: int) -> Estimate:
         """Return what is recovered of a tensor; raises :class:`Stopped` where nothing is."""
 
-    def settle(self, operation: int, value: Estimate) -> Tensor:
-        """Return the mask of the rectifier that made a tensor, settled by what lies below."""
+    def mask(self, operation: Operation) -> Tensor:
+        """Return which units (N, …) of a rectifier were open, settled by what lies below."""
 
 
 class Layer:
@@ -64,9 +69,7 @@ class Layer:
         """
         raise Stopped(f"no delta passes {operation.kind}")
 
-    def value_below(
-        self, operation: Operation, value: Estimate, walk: Walking
-    ) -> Estimate | None:
+    def value_below(self, operation: Operation, value: Estimate, walk: Walking) -> Estimate | None:
         """Return the input of an operation of one input from its output, None if not unique."""
         return None
 
@@ -93,7 +96,9 @@ def transposed(operation: Operation, delta: Tensor, walk: Walking) -> Mapping[in
     """Apply the transpose of an affine operation to ``delta``."""
     with torch.enable_grad():
         inputs = [
-            torch.zeros(walk.shapes[number], dtype=delta.dtype, device=delta.device).requires_grad_()
+            torch.zeros(
+                walk.shapes[number], dtype=delta.dtype, device=delta.device
+            ).requires_grad_()
             for number in operation.inputs
         ]
         output = operation.run(inputs, walk.state)

@@ -85,7 +85,8 @@ def solve_input(equations: Sequence[LayerEquations]) -> Solution:
         return _undetermined(samples, channels, first.window.places, matrix)
 
     def inverse(right: Tensor) -> Tensor:
-        return vectors @ ((vectors.mT @ (matrix.mT @ right)) / values[:, None])
+        found: Tensor = vectors @ ((vectors.mT @ (matrix.mT @ right)) / values[:, None])
+        return found
 
     x = inverse(target)
     x = x + inverse(target - matrix @ x)

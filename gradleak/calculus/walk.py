@@ -1,9 +1,9 @@
 """The walk from the logits towards the image (ALGORITHMS §6).
 
 Operations are visited in the reverse of the order in which they ran, so δ of a tensor is complete
-before what made it is visited. A tensor's value is recovered when an operation asks for it, from the
-gradients of all layers that read it. Where an operation cannot pass δ on, all that lies below it on
-that path is out of reach, and the walk says which it was.
+before what made it is visited. A tensor's value is recovered when an operation asks for it, from
+the gradients of all layers that read it. Where an operation cannot pass δ on, all that lies below
+it on that path is out of reach, and the walk says which it was.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradleak.calculus.gates import Gate, GatedLayer, read_gate, settle
 from gradleak.calculus.joint import DENSE, ForwardEquations, solve_jointly
 from gradleak.calculus.layer import Estimate, Layer, Stopped, layer_of
 from gradleak.calculus.pooled import pooled_gate
 from gradleak.calculus.solve import LayerEquations, Solution, solve_input
-from gradleak.calculus.trace import Operation, Trace
+from gradleak.calculus.trace import Operation, Trace, trace
+from gradleak.errors import IncompleteError
 
 # Residual beyond which a map is not taken for recovered at all.
 _LOST = 0.05
@@ -70,36 +71,63 @@ class Barrier:
     name: str
     why: str
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.why}"
+
+
+def walk_down(
+    model: nn.Module,
+    example: Tensor,
+    gradients: Mapping[str, Tensor],
+    labels: Tensor,
+    feature: Tensor,
+) -> Walk:
+    """Walk from the logits towards the images behind a gradient of the mean cross-entropy.
+
+    ``example`` (N, C, H, W) has the shape of the network's input; ``labels`` (N, classes) and the
+    head's input ``feature`` (N, D) are what the earlier stages recovered.
+    """
+    steps = trace(model, example)
+    state = model.state_dict()
+    head = steps.producer(steps.logits)
+    if head is None or head.kind != "linear":
+        raise IncompleteError("the network does not end in a Linear layer", "give a classifier")
+    logits = head.run([feature.double()], Widened(state))
+    delta = (torch.softmax(logits, 1) - labels.double()) / len(labels)
+    walk = Walk(steps, state, gradients, delta, feature)
+    walk.run()
+    return walk
+
 
 class Walk:
     """One walk through a :class:`Trace`; ``maps`` and ``barriers`` say how far it got."""
 
     def __init__(
         self,
-        trace: Trace,
+        steps: Trace,
         state: Mapping[str, Tensor],
         gradients: Mapping[str, Tensor],
         delta: Tensor,
         feature: Tensor,
     ) -> None:
-        """Begin at the logits.
+        """Begin at the logits of ``steps``.
 
         ``state`` are parameters and buffers and ``gradients`` those of the loss, by name and of
         any dtype; ``delta`` (N, C) is ∂loss/∂logits, ``feature`` (N, D) the head's input.
         """
-        self.trace = trace
-        self.shapes = trace.shapes
+        self.trace = steps
+        self.shapes = steps.shapes
         self.state = Widened(state)
         self.gradients = Widened(gradients)
         unit = max(torch.finfo(tensor.dtype).eps for tensor in gradients.values())
         self._unit = unit
         self._usual = _ROUNDINGS * unit
-        self._deltas = {trace.logits: delta.double()}
+        self._deltas = {steps.logits: delta.double()}
         self._values: dict[int, Estimate] = {}
         self._masks: dict[int, Tensor] = {}
         self.maps: list[PeeledMap] = []
         self.barriers: list[Barrier] = []
-        head = trace.producer(trace.logits)
+        head = steps.producer(steps.logits)
         if head is not None:
             wide = feature.double()
             std = torch.full_like(wide, float(unit * wide.abs().amax()))
@@ -126,6 +154,11 @@ class Walk:
             self.value(0)
         except Stopped as why:
             self.barriers.append(Barrier("image", str(why)))
+
+    @property
+    def image(self) -> Tensor | None:
+        """The network's input (N, C, H, W), None where it was not reached."""
+        return self._values[0].value if 0 in self._values else None
 
     def delta(self, tensor: int) -> Tensor | None:
         """Return ∂loss/∂tensor, None where it was not reached."""

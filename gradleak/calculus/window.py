@@ -1,8 +1,11 @@
 """What a layer with weights reads: the windows that its gradient sums over (ALGORITHMS §6a).
 
-A convolution's gradient is a sum over its windows, G[o, c, t] = Σ_n Σ_p δ[n, o, p] x[n, c, i(t, p)],
-with i(t, p) the place that tap t of window p reads. So G is linear in the input x, by one matrix for
-all input channels. A Linear layer is the case of one tap, one window and one place.
+A convolution's gradient is a sum over its windows,
+
+    G[o, c, t] = Σ_n Σ_p δ[n, o, p] x[n, c, i(t, p)],
+
+with i(t, p) the place that tap t of window p reads. So G is linear in the input x, by one matrix
+for all input channels. A Linear layer is the case of one tap, one window and one place.
 """
 
 from __future__ import annotations

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,21 +12,23 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gradleak.bundle import BUFFER, FEATURE, GRAD, IMAGE, LABEL, PARAM, Bundle, StageRecord
+from gradleak.bundle import FEATURE, GRAD, IMAGE, LABEL, Bundle, StageRecord
+from gradleak.calculus.walk import walk_down
 from gradleak.device import resolve_device
 from gradleak.errors import IncompleteError, InputError, UsageError
 from gradleak.head import parameter_name, with_weights
-from gradleak.models import registry
-from gradleak.models.build import build_model
-from gradleak.models.spec import ModelSpec
+from gradleak.normalisation import denormalise
 from gradleak.reconstruction.matching import MatchResult, match_gradients
 from gradleak.reconstruction.mlp import check_mlp, image_of_feature
 from gradleak.reconstruction.options import MatchSettings
 from gradleak.reconstruction.resimulate import GradientResidual, check_reconstruction
 from gradleak.stages.feature import BundleLayers
+from gradleak.stages.network import head_feature, input_shape, network_of, normalisation_of
 
 Verdict = Literal["unique", "approximate"]
-METHODS = ("auto", "mlp", "match")
+METHODS = ("auto", "mlp", "peel", "match")
+# A peeled image whose gradient misses the given one by more is worth a try of matching.
+_FAR = 1e-2
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,9 @@ def reconstruct(
 ) -> ImageOutcome:
     """Reconstruct the image behind a gradient bundle whose label has been recovered.
 
-    ``method`` ``mlp`` reads the image off the first Linear layer's feature (exact); ``match``
-    optimises it until its gradient matches (``settings``); ``auto`` takes the first that applies.
+    ``method`` ``mlp`` reads the image off the first Linear layer's feature (exact); ``peel`` walks
+    down through the layers' gradients (exact where it gets through); ``match`` optimises the image
+    until its gradient matches (``settings``); ``auto`` takes the first that applies.
     ``model`` is needed for a network that is not built in: the module itself, or ``module:factory``
     repeated by the user, since a bundle's word for it imports nothing. The image goes to
     ``image/reconstructed``.
@@ -86,31 +88,21 @@ def reconstruct(
             "use --method match",
         )
     start = time.perf_counter()
-    if spec.from_image and method != "match":
-        images, certificate = _from_features(full, labels, where)
-        chosen, match = "mlp", None
+    if spec.from_image and len(labels) == 1 and method in ("auto", "mlp"):
+        answer = _from_features(full, labels, where)
     else:
-        network = _network(full, model, where)
-        shape = _input_shape(spec)
-        mean, std = _normalisation(spec)
-        gradients = full.tensors(GRAD, where)
-        generator = torch.Generator(device=where).manual_seed(seed)
-        match = match_gradients(
-            network,
-            gradients,
-            labels,
-            shape=shape,
-            mean=mean,
-            std=std,
+        given = _Given(
+            network=network_of(full, model, where),
+            gradients=full.tensors(GRAD, where),
+            labels=labels,
+            feature=head_feature(full, where),
+            shape=input_shape(spec),
+            normalisation=normalisation_of(spec),
             head=spec.head,
-            features=_head_feature(full, where),
-            options=(settings or MatchSettings()).options(network, shape),
-            generator=generator,
-            progress=progress,
         )
-        images, chosen = match.images, "match"
-        certificate = check_reconstruction(network, gradients, images, labels, mean, std)
+        answer = _by_walk_or_matching(method, given, settings, seed, progress)
     seconds = time.perf_counter() - start
+    certificate, match = answer.certificate, answer.match
     verdict: Verdict = "unique" if certificate.exact else "approximate"
     reason = (
         "exact: the finished image's own gradient is the given one to its precision"
@@ -120,18 +112,18 @@ def reconstruct(
     )
     record = StageRecord(
         "reconstruct",
-        {"method": chosen, "matching": None if match is None else asdict(match.options)},
+        {"method": answer.method, "matching": None if match is None else asdict(match.options)},
         seed=seed,
         device=str(where),
         seconds=seconds,
         verdict=verdict,
     )
     return ImageOutcome(
-        bundle=bundle.extended({IMAGE: images.cpu()}, record=record),
-        images=images,
+        bundle=bundle.extended({IMAGE: answer.images.cpu()}, record=record),
+        images=answer.images,
         verdict=verdict,
         reason=reason,
-        method=chosen,
+        method=answer.method,
         certificate=certificate,
         match=match,
         device=str(where),
@@ -139,9 +131,96 @@ def reconstruct(
     )
 
 
-def _from_features(
-    bundle: Bundle, labels: Tensor, device: torch.device
-) -> tuple[Tensor, GradientResidual]:
+@dataclass(frozen=True)
+class _Answer:
+    """Images (N, 3, H, W) by one method, with their certificate."""
+
+    method: str
+    images: Tensor
+    certificate: GradientResidual
+    match: MatchResult | None = None
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What is known of a gradient: its network, and what the earlier stages recovered."""
+
+    network: nn.Module
+    gradients: Mapping[str, Tensor]
+    labels: Tensor
+    feature: Tensor | None
+    shape: tuple[int, int, int]
+    normalisation: tuple[Sequence[float], Sequence[float]]
+    head: str | None
+
+    def certify(self, images: Tensor) -> GradientResidual:
+        """Compare the images' own gradient with the given one."""
+        mean, std = self.normalisation
+        return check_reconstruction(self.network, self.gradients, images, self.labels, mean, std)
+
+
+def _by_walk_or_matching(
+    method: str,
+    given: _Given,
+    settings: MatchSettings | None,
+    seed: int,
+    progress: Callable[[int, int, float], None] | None,
+) -> _Answer:
+    """Walk down to the image where that works, and match gradients where it does not."""
+    peeled = None
+    if method in ("auto", "peel"):
+        try:
+            peeled = _by_walk(given)
+        except IncompleteError:
+            if method == "peel":
+                raise
+    if peeled is not None and (method == "peel" or peeled.certificate.relative <= _FAR):
+        return peeled
+    matched = _by_matching(given, settings, seed, progress)
+    if peeled is not None and peeled.certificate.relative <= matched.certificate.relative:
+        return peeled
+    return matched
+
+
+def _by_walk(given: _Given) -> _Answer:
+    """Recover the images layer by layer; raises :class:`IncompleteError` where that stops."""
+    if given.feature is None:
+        raise IncompleteError("the head's input is not known", "run gradleak recover-feature first")
+    samples = len(given.labels)
+    example = torch.zeros(samples, *given.shape, device=given.labels.device)
+    walk = walk_down(given.network, example, given.gradients, given.labels, given.feature)
+    if walk.image is None:
+        raise IncompleteError(
+            f"the image is out of reach by peeling: {walk.barriers[0]}", "use --method match"
+        )
+    images = denormalise(walk.image, *given.normalisation).clamp(0.0, 1.0).float()
+    return _Answer("peel", images, given.certify(images))
+
+
+def _by_matching(
+    given: _Given,
+    settings: MatchSettings | None,
+    seed: int,
+    progress: Callable[[int, int, float], None] | None,
+) -> _Answer:
+    mean, std = given.normalisation
+    match = match_gradients(
+        given.network,
+        given.gradients,
+        given.labels,
+        shape=given.shape,
+        mean=mean,
+        std=std,
+        head=given.head,
+        features=given.feature,
+        options=(settings or MatchSettings()).options(given.network, given.shape),
+        generator=torch.Generator(device=given.labels.device).manual_seed(seed),
+        progress=progress,
+    )
+    return _Answer("match", match.images, given.certify(match.images), match)
+
+
+def _from_features(bundle: Bundle, labels: Tensor, device: torch.device) -> _Answer:
     """Read the image off the first layer's feature, and certify it along the chain."""
     spec = bundle.model
     first = spec.layers[0].name
@@ -149,9 +228,9 @@ def _from_features(
         raise IncompleteError(
             f"the bundle holds no {FEATURE}{first}", "run gradleak recover-feature first"
         )
-    mean, std = _normalisation(spec)
+    mean, std = normalisation_of(spec)
     feature = bundle.tensor(FEATURE + first, device).double()
-    shape = _input_shape(spec)
+    shape = input_shape(spec)
     if feature.numel() != shape[0] * shape[1] * shape[2] or len(labels) != 1:
         raise InputError(
             f"{FEATURE}{first} has shape {list(feature.shape)} for one image of {list(shape)}",
@@ -171,61 +250,4 @@ def _from_features(
     if not math.isfinite(certificate.relative + certificate.precision):
         for layer in spec.layers:  # a NaN or an infinity somewhere: name it
             read.check(layer.name)
-    return image, certificate
-
-
-def _network(bundle: Bundle, model: nn.Module | str | None, device: torch.device) -> nn.Module:
-    """Build or take the network and give it the bundle's parameters and buffers."""
-    spec = bundle.model
-    if isinstance(model, nn.Module):
-        network = copy.deepcopy(model)  # the caller's stays as it is
-    else:
-        name = model or spec.name
-        if name is None:
-            raise IncompleteError(
-                "the bundle does not say which network it is of", "name it with --model"
-            )
-        if ":" in name and model is None:
-            raise UsageError(
-                f"the bundle names the network {name}, and a file's word imports no code",
-                f"repeat it if you trust it: --model {name}",
-            )
-        size = spec.input_shape[-1] if spec.input_shape else None
-        network = build_model(name, classes=spec.classes, size=size, options=spec.options)
-    state = {**bundle.tensors(BUFFER), **bundle.tensors(PARAM)}
-    if not any(name in state for name, _ in network.named_parameters()):
-        raise IncompleteError("the bundle holds no weights", "give them with --weights FILE")
-    own = network.state_dict()
-    for name, tensor in own.items():
-        if name not in state and not name.endswith("num_batches_tracked"):
-            raise IncompleteError(
-                f"the bundle holds no weights for {name}", "give them with --weights FILE"
-            )
-        if name in state and state[name].shape != tensor.shape:
-            raise InputError(
-                f"{name} is {list(state[name].shape)} in the bundle and {list(tensor.shape)} in "
-                "the network",
-                "name the network that the gradient was taken of",
-            )
-    network.load_state_dict({n: t for n, t in state.items() if n in own}, strict=False)
-    return network.to(device).eval()
-
-
-def _head_feature(bundle: Bundle, device: torch.device) -> Tensor | None:
-    name = f"{FEATURE}{bundle.model.head}"
-    return bundle.tensor(name, device) if name in bundle else None
-
-
-def _input_shape(spec: ModelSpec) -> tuple[int, int, int]:
-    if spec.input_shape is None:
-        raise IncompleteError(
-            "the bundle does not record the network's input shape",
-            "add input_shape to the metadata's model (docs/bundle-format.md)",
-        )
-    return spec.input_shape
-
-
-def _normalisation(spec: ModelSpec) -> tuple[Sequence[float], Sequence[float]]:
-    channels = _input_shape(spec)[0]
-    plain = (registry.NO_MEAN, registry.NO_STD) if channels == 3 else ((0.0,), (1.0,))
-    return spec.mean or plain[0], spec.std or plain[1]
+    return _Answer("mlp", image, certificate)

@@ -31,9 +31,7 @@ class Invertible(Layer):
         output = walk.value(operation.output)
         return {operation.inputs[0]: delta * slope(output.value)}
 
-    def value_below(
-        self, operation: Operation, value: Estimate, walk: Walking
-    ) -> Estimate | None:
+    def value_below(self, operation: Operation, value: Estimate, walk: Walking) -> Estimate | None:
         """Invert the activation."""
         phi = self._activation(operation)
         out = value.value

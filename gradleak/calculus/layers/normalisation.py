@@ -25,9 +25,7 @@ class BatchNorm(Affine):
             raise Stopped("it normalises with the statistics of the batch")
         return super().delta_below(operation, delta, walk)
 
-    def value_below(
-        self, operation: Operation, value: Estimate, walk: Walking
-    ) -> Estimate | None:
+    def value_below(self, operation: Operation, value: Estimate, walk: Walking) -> Estimate | None:
         """Undo the scale and shift."""
         zero = torch.zeros_like(value.value)
         shift = operation.run([zero], walk.state)

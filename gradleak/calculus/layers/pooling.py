@@ -12,9 +12,7 @@ from gradleak.calculus.trace import Operation
 class AveragePool(Affine):
     """Means over places of a map."""
 
-    def value_below(
-        self, operation: Operation, value: Estimate, walk: Walking
-    ) -> Estimate | None:
+    def value_below(self, operation: Operation, value: Estimate, walk: Walking) -> Estimate | None:
         """Return the input where each mean is that of one place."""
         shape = walk.shapes[operation.inputs[0]]
         return value.reshaped(shape) if math.prod(shape) == value.value.numel() else None

@@ -14,9 +14,7 @@ from gradleak.calculus.trace import Operation
 class View(Affine):
     """Another shape for the same entries in the same order, as ``flatten`` gives it."""
 
-    def value_below(
-        self, operation: Operation, value: Estimate, walk: Walking
-    ) -> Estimate | None:
+    def value_below(self, operation: Operation, value: Estimate, walk: Walking) -> Estimate | None:
         """Return the entries in the shape that they had."""
         return value.reshaped(walk.shapes[operation.inputs[0]])
 
@@ -42,8 +40,6 @@ class Identity(Affine):
             raise Stopped("it drops entries at random")
         return {operation.inputs[0]: delta}
 
-    def value_below(
-        self, operation: Operation, value: Estimate, walk: Walking
-    ) -> Estimate | None:
+    def value_below(self, operation: Operation, value: Estimate, walk: Walking) -> Estimate | None:
         """Return the value itself."""
         return value

@@ -22,9 +22,7 @@ class Rectifier(Layer):
         """Pass δ where the unit was open, as settled by the layers around it."""
         return {operation.inputs[0]: delta * walk.mask(operation)}
 
-    def value_below(
-        self, operation: Operation, value: Estimate, walk: Walking
-    ) -> Estimate | None:
+    def value_below(self, operation: Operation, value: Estimate, walk: Walking) -> Estimate | None:
         """Return the input where the unit was open; elsewhere it is only known not to be."""
         mask = walk.mask(operation)
         known = mask if value.known is None else mask & value.known
