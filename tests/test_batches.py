@@ -431,3 +431,23 @@ def test_the_truth_beside_the_bundle_changes_nothing(tmp_path: Path) -> None:
     assert set(alone) == set(beside) >= {LABEL, FEATURE + "fc", GRAD + "fc.weight"}
     for name in alone:
         assert torch.equal(alone.tensor(name), beside.tensor(name)), name
+
+
+@pytest.mark.parametrize(("samples", "twins"), [(4, 1), (8, 2), (12, 3)])
+def test_samples_that_the_network_hardly_tells_apart_are_found(samples: int, twins: int) -> None:
+    network = build_model("fcn4", classes=50, size=32)
+    images = crops(32, samples, torch.Generator().manual_seed(samples))
+    labels = torch.arange(samples)
+    labels[samples - twins :] = labels[:twins]  # as many classes have two samples
+    captured = capture(network, images, labels)
+    values = torch.linalg.svdvals(captured.bundle.tensor("grad/fc4.weight").double())
+    assert float(values[samples - 1] / values[0]) < 1e-3
+    labelled = recover_label(captured.bundle)
+    assert labelled.result.verdict == "unique"
+    assert labelled.result.labels is not None
+    assert (labelled.result.labels.argmax(1).sort().values == labels.sort().values).all()
+    found = recover_feature(labelled.bundle).layers[0].features
+    true = captured.truth.features["fc4"].double()
+    apart = torch.cdist(true, found).amin(1) / true.norm(dim=1)
+    assert float(apart.max()) < 1e-2  # float32 leaves no more where they differ
+    assert float(apart[twins : samples - twins].max()) < 1e-4

@@ -60,8 +60,8 @@ def judge(whole: Subspace, solved: Polished, samples: Sequence[SampleLabel]) -> 
         return incomplete(whole, count)
     if solved.freedom < 1:
         return "unidentifiable", _too_many(whole)
-    excess = solved.misfit / _expected(whole, solved)
-    if excess > _SIGMAS:
+    if not explains(whole, solved):
+        excess = solved.misfit / _expected(whole, solved)
         return "failed", (
             f"together the {wanted} samples miss the gradient by {excess:.1f} times what its "
             "precision explains"
@@ -73,6 +73,11 @@ def judge(whole: Subspace, solved: Polished, samples: Sequence[SampleLabel]) -> 
             f"{loose} of {wanted} labels are open by up to ± {worst:.2g} (one standard error)"
         )
     return "unique", f"{wanted} samples reproduce the gradient to its precision"
+
+
+def explains(whole: Subspace, solved: Polished) -> bool:
+    """Return whether the samples reproduce the gradient to what is expected of it."""
+    return solved.misfit <= _SIGMAS * _expected(whole, solved)
 
 
 def incomplete(whole: Subspace, count: int) -> tuple[Verdict, str]:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from gradleak.labels.batch.joint import solve_jointly
 from gradleak.labels.batch.judge import describe, incomplete, judge, residual_of
-from gradleak.labels.batch.polish import STEPS, Labels, labels_of, polish
+from gradleak.labels.batch.polish import STEPS, Labels, polish
 from gradleak.labels.batch.samples import ROUNDS, Found, find_mass, find_samples
 from gradleak.labels.batch.simplify import prune, simplify
 from gradleak.labels.batch.subspace import Subspace, subspace_of
+from gradleak.labels.batch.twins import complete, laid_out
 from gradleak.labels.counts import count_labels
 from gradleak.labels.factorise import Rank
 from gradleak.labels.options import LabelOptions
@@ -62,13 +63,16 @@ def recover_batch(
         families = [family for family in options.families if family.support <= _LARGEST_SUPPORT]
         dice = torch.Generator(device=grad_weight.device).manual_seed(options.seed)
         whole, found = _first_round(whole, families, dice)
-        more = range(1, ROUNDS)
-        found = find_samples(whole, families, dice, progress, found=found, rounds=more)
-        found = simplify(whole, found, families)
-        answer = _laid_out(whole, found) if found else None
-        if answer is None or len(answer[0]) < whole.size:
-            jointly = solve_jointly(whole, families, dice, progress)
-            answer = answer if jointly is None else prune(whole, *jointly)
+        jointly = complete(whole, found, families, dice)
+        if jointly is None:
+            more = range(1, ROUNDS)
+            found = find_samples(whole, families, dice, progress, found=found, rounds=more)
+            found = simplify(whole, found, families)
+            if sum(len(f.roots.a) for f in found) < whole.size:
+                jointly = complete(whole, found, families, dice)
+                jointly = jointly or solve_jointly(whole, families, dice, progress)
+        answer = laid_out(whole, found) if found else None
+        answer = answer if jointly is None else prune(whole, *jointly)
         result = _result(grad_weight, whole, answer, rank)
     if result.verdict in ("failed", "unidentifiable"):
         result = replace(result, counts=count_labels(grad_weight, weight, bias, grad_bias, samples))
@@ -96,14 +100,6 @@ def _first_round(
         return whole, []
     whole = replace(whole, mass=agreed)
     return whole, find_samples(whole, families, dice, rounds=range(1))
-
-
-def _laid_out(whole: Subspace, found: Sequence[Found]) -> tuple[Tensor, Labels]:
-    supports = [support for f in found for support in f.roots.classes]
-    weights = [weight for f in found for weight in f.roots.weights]
-    base = torch.tensor([f.family.base for f in found for _ in f.roots.a])
-    labels = labels_of(whole.classes, supports, weights, base)
-    return torch.cat([f.roots.a for f in found]), labels
 
 
 def _result(

@@ -21,7 +21,7 @@ from gradleak.labels.batch.subspace import Subspace
 
 _TINY = 1e-300
 _RIDGE = 1e-15
-_MEMBERSHIP = 0.3
+_MEMBERSHIP, _LOOSE_MEMBERSHIP = 0.3, 3e-3
 # ‖r‖²/‖c‖² in squared roundings at which a descent has arrived, and the damping that ends it.
 _CONVERGED, _STUCK = 1e-4, 1e9
 # A descent that gains less than this factor in so many steps has arrived, or no root before it.
@@ -85,10 +85,16 @@ def span(subspace: Subspace, base: bool) -> Tensor:
 class Equations:
     """One sample's equations in a subspace, with or without a free base; what is shared is kept."""
 
-    def __init__(self, subspace: Subspace, base: bool) -> None:
-        """Prepare the products of Q and H that every evaluation needs."""
+    def __init__(self, subspace: Subspace, base: bool, *, loosely: bool = False) -> None:
+        """Prepare the products of Q and H that every evaluation needs.
+
+        ``loosely`` gives aᵀS⁻¹c = M less weight. Where S has a small value, as for two samples of
+        one class that a network hardly tells apart, that equation holds a descent in a narrow
+        curved valley off which the first one would lead it to the root.
+        """
         self.subspace = subspace
-        self.hold = _MEMBERSHIP**2 * float(subspace.mass_known)
+        weight = _LOOSE_MEMBERSHIP if loosely else _MEMBERSHIP
+        self.hold = weight**2 * float(subspace.mass_known)
         self.q = span(subspace, base)
         h = subspace.logits
         self.hh = (h[:, :, None] * h[:, None, :]).flatten(1)

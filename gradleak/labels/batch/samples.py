@@ -24,6 +24,8 @@ _STEPS, _REFINEMENTS = 40, 15
 _PROMISING, _NEARLY = 1e-7, 1e-2
 # Roundings of the samples taken out that blur the others, and ‖r‖²/‖c‖² they may lead to at most.
 _BLUR, _BLURRED = 128.0, 1e-3
+# Starts along the weak directions.
+_AROUND = 6
 # In the whole one: an end is a sample if both are within this many standard deviations.
 _SIGMAS = 8.0
 _MEMBER = 1e-3
@@ -83,6 +85,14 @@ def find_samples(
     return found
 
 
+def search_once(
+    whole: Subspace, found: Sequence[Found], family: Family, generator: torch.Generator
+) -> Roots:
+    """Return all ends of one more search that are samples, those ``found`` among them or not."""
+    left = _without(whole, found)
+    return _search(whole, left, family, 0, generator)
+
+
 def _without(whole: Subspace, found: Sequence[Found]) -> Subspace:
     """Return what is left of the subspace once the samples found are taken out."""
     if not found:
@@ -138,8 +148,26 @@ def _search(
     ends = _different(ends.take(good), 2 * left.size + _MORE)
     if not len(ends.a):
         return ends
-    back = ends.a @ left.turn.T
-    refined = Equations(whole, family.base).descend(back, ends.classes, _REFINEMENTS)
+    return _refined(whole, ends.a @ left.turn.T, ends.classes, family, generator)
+
+
+def _refined(
+    whole: Subspace, a: Tensor, classes: Tensor, family: Family, generator: torch.Generator
+) -> Roots:
+    """Refine ends ``a`` (M, n) in the whole subspace, and return the samples among them.
+
+    Samples taken out blur the weakest directions of what is left, along which samples of one class
+    differ that the network hardly tells apart: there, descents start from several places.
+    """
+    weak = whole.weak()
+    if bool(weak.any()):
+        a, classes = a.repeat(_AROUND, 1), classes.repeat(_AROUND, 1)
+        shift = torch.randn(a.shape, generator=generator, dtype=a.dtype, device=a.device)
+        a = a + shift * weak * a.square().mean(1, keepdim=True).sqrt()
+    refined = Equations(whole, family.base).descend(a, classes, _REFINEMENTS)
+    if bool(weak.any()):
+        again, classes = torch.cat([a, refined.a]), torch.cat([classes, refined.classes])
+        refined = Equations(whole, family.base, loosely=True).descend(again, classes, _STEPS)
     return refined.take(belongs(whole, refined))
 
 
@@ -154,7 +182,8 @@ def _different(ends: Roots, most: int) -> Roots:
 
 def _promising(whole: Subspace, left: Subspace) -> float:
     """Return the ‖r‖²/‖c‖² of a sample in what is left, which the rounding of the others blurs."""
-    blur = _BLUR * whole.unit * float(whole.values[0] / left.values[-1])
+    least = min(float(whole.values[-1]), float(left.values[-1]))
+    blur = _BLUR * whole.unit * float(whole.values[0]) / least
     return max(_PROMISING, min(blur**2, _BLURRED))
 
 

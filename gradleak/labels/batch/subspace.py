@@ -22,6 +22,9 @@ from gradleak.labels.factorise import Rank
 from gradleak.labels.sketch import leading_triples
 from gradleak.linalg import effective_precisions, precision
 
+# A singular value is small if it is below this part of the largest.
+_WEAK = 1e-2
+
 
 @dataclass(frozen=True)
 class Subspace:
@@ -60,6 +63,13 @@ class Subspace:
     def classes(self) -> int:
         """Number of classes C."""
         return self.left.shape[0]
+
+    def weak(self) -> Tensor:
+        """Return (n,) which singular values are small beside the largest.
+
+        Along their directions samples of one class differ that the network hardly tells apart.
+        """
+        return self.values < _WEAK * self.values[0]
 
     def probabilities(self, a: Tensor) -> Tensor:
         """Return (..., C) softmax(W V a + b) of coordinates ``(..., n)``."""
