@@ -78,7 +78,7 @@ class _Forward:
     def normal(self) -> Tensor:
         blocks = [(self._map * root.square()) @ self._map.mT for root in self._root]
         n = len(blocks[0])
-        whole = blocks[0].new_zeros(len(blocks) * n, len(blocks) * n)
+        whole: Tensor = blocks[0].new_zeros(len(blocks) * n, len(blocks) * n)
         for k, block in enumerate(blocks):
             whole[k * n : (k + 1) * n, k * n : (k + 1) * n] = block
         return whole
@@ -88,7 +88,8 @@ class _Forward:
         return rest
 
     def back(self, left: Tensor) -> Tensor:
-        return ((self._root * left) @ self._map.mT).view(len(left), self._shape[1], -1)
+        found: Tensor = (self._root * left) @ self._map.mT
+        return found.view(len(left), self._shape[1], -1)
 
 
 class _Gradient:

@@ -87,8 +87,17 @@ def walk_down(
     ``example`` (N, C, H, W) has the shape of the network's input; ``labels`` (N, classes) and the
     head's input ``feature`` (N, D) are what the earlier stages recovered.
     """
-    steps = trace(model, example)
-    state = model.state_dict()
+    return walk_from(trace(model, example), model.state_dict(), gradients, labels, feature)
+
+
+def walk_from(
+    steps: Trace,
+    state: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    labels: Tensor,
+    feature: Tensor,
+) -> Walk:
+    """Walk as :func:`walk_down` does, given the trace and the ``state`` instead of a network."""
     head = steps.producer(steps.logits)
     if head is None or head.kind != "linear":
         raise IncompleteError("the network does not end in a Linear layer", "give a classifier")

@@ -20,6 +20,8 @@ from gradleak.bundle import (
     StageRecord,
     check_finite,
 )
+from gradleak.calculus.chain import trace_of_chain
+from gradleak.calculus.walk import walk_from
 from gradleak.device import resolve_device
 from gradleak.errors import IncompleteError, InputError
 from gradleak.features import PeeledLayer, Peeling, peel_linear_layers
@@ -41,6 +43,7 @@ from gradleak.labels.verdict import Verdict
 from gradleak.models.spec import LinearLayer
 from gradleak.softlabels import FAMILIES
 
+_KINDS = ("weight", "bias")
 # The label may miss the gradient by this much, relative, before the two do not belong together.
 _CONSISTENT = 1e-2
 
@@ -78,7 +81,7 @@ def recover_feature(
     """Recover the head's input features, and by peeling those of every Linear layer below it.
 
     Needs ``label/soft`` from ``recover-label``. Features go to ``feature/<layer>`` (N, D) float64,
-    row by row those of the labels. Of a batch the head's alone are recovered. ``progress`` is
+    row by row those of the labels. ``progress`` is
     called with each layer's name. Raises :class:`IncompleteError` without a label or where its
     sample is not found, :class:`InputError` for labels that do not belong to the gradient.
     """
@@ -101,17 +104,17 @@ def recover_feature(
     start = time.perf_counter()
     options = _options(bundle)
     leading, rank = _factorise(layer, options)
+    read = BundleLayers(bundle_with_weights, where)
     if rank.rank == 1 == options.samples(1) and len(label) == 1:
         samples = 1
         feature, delta, method = _head_feature(layer, label[0], leading, rank)
-        read = BundleLayers(bundle_with_weights, where)
         peeling = peel_linear_layers(layers, read, feature, delta, progress)
         # NaN or infinity in a gradient cannot but reach the feature, or end the peeling.
         if peeling.stopped or not all(bool(p.features.isfinite().all()) for p in peeling.layers):
             for linear in layers:
                 read.check(linear.name)
     else:
-        samples, peeling = _batch_features(layer, label, rank, options, layers)
+        samples, peeling = _batch_features(layer, label, rank, options, layers, read)
         method = "subspace"
     seconds = time.perf_counter() - start
     verdict, reason = _verdict(bundle, peeling, len(layers))
@@ -194,9 +197,14 @@ def _head_feature(
 
 
 def _batch_features(
-    head: Head, labels: Tensor, rank: Rank, options: LabelOptions, layers: tuple[LinearLayer, ...]
+    head: Head,
+    labels: Tensor,
+    rank: Rank,
+    options: LabelOptions,
+    layers: tuple[LinearLayer, ...],
+    read: BundleLayers,
 ) -> tuple[int, Peeling]:
-    """Return the number of samples behind a batch's gradient, and the head's inputs."""
+    """Return the number of samples behind a batch's gradient, and the layers' inputs."""
     found = features_of_labels(
         head.grad_weight,
         head.weight,
@@ -206,11 +214,33 @@ def _batch_features(
         grad_bias=head.grad_bias,
         options=options,
     )
-    stopped = None
-    if len(layers) > 1:
-        stopped = f"{layers[-2].name}: of a batch only the inputs of the head are recovered"
     peeled = PeeledLayer(head.name, found.features, found.residual)
-    return found.samples, Peeling((peeled,), stopped)
+    if len(layers) == 1:
+        return found.samples, Peeling((peeled,), None)
+    if len(labels) < found.samples:
+        return found.samples, Peeling((peeled,), f"{layers[-2].name}: samples are missing")
+    below = _below(layers, read, labels, found.features)
+    return found.samples, Peeling((peeled, *below.layers), below.stopped)
+
+
+def _below(
+    layers: tuple[LinearLayer, ...], read: BundleLayers, labels: Tensor, features: Tensor
+) -> Peeling:
+    """Recover the inputs (N, in) of all layers below the head from those of the head."""
+    names = [parameter_name(x.name, "weight") for x in layers]
+    state = {parameter_name(x.name, k): read.parameter(x.name, k) for x in layers for k in _KINDS}
+    given = {name: tensor for name, tensor in state.items() if tensor is not None}
+    for layer, name in zip(layers, names, strict=True):
+        if name not in given:
+            return Peeling((), f"{layer.name}: no weight of it")
+    own = {name: read.gradient(x.name) for x, name in zip(layers, names, strict=True)}
+    gradients = {name: tensor for name, tensor in own.items() if tensor is not None}
+    steps = trace_of_chain(layers, given, len(labels))
+    walk = walk_from(steps, given, gradients, labels, features)
+    peeled = tuple(
+        PeeledLayer(found.names[0], found.estimate.value, found.residual) for found in walk.maps
+    )
+    return Peeling(peeled, str(walk.barriers[0]) if walk.barriers else None)
 
 
 def _chain(bundle: Bundle, head: str) -> tuple[LinearLayer, ...]:
