@@ -23,7 +23,7 @@ from gradleak.labels.sketch import leading_triples
 from gradleak.linalg import effective_precisions, precision
 
 # A singular value is small if it is below this part of the largest.
-_WEAK = 1e-2
+_WEAK = 1e-3
 
 
 @dataclass(frozen=True)
