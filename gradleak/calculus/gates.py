@@ -27,9 +27,9 @@ _SPARE, _FEWEST, _MOST = 1.3, 0.02, 0.5
 # A residual that many times above what it was so far tells of a mistake; a channel with that many
 # times the median has one.
 JUMP, _OUTLYING = 20.0, 8.0
-_ROUNDS, _FLIPS = 8, 4
-# A flip has to take that much off its channel's residual.
-_TAKES = 0.7
+_DECISIONS, _ROUNDS = 4, 8
+# Patches that are less independent than this say nothing of single units.
+_INDEPENDENT = 1e-9
 
 
 @dataclass(frozen=True)
@@ -87,16 +87,19 @@ def settle(
     """
     mask = gate.mask.clone()
     limit = _spare_channels(layer, others)
-    if len(gate.doubtful):
-        units = _within(gate.doubtful, limit)
+    units = _within(gate.doubtful, limit)
+    for _ in range(_DECISIONS if len(units) else 0):
         out = torch.zeros(mask.shape[1], dtype=torch.bool, device=mask.device)
         out[units[:, 1]] = True
         solved = solve_input([layer.equations(mask).without(out), *others])
-        if solved.determined:
-            mask = _decided(mask, units, layer, solved.x)
+        if not solved.determined:
+            break
+        before, mask = mask, _decided(mask, gate.doubtful, layer, solved.x)
+        if len(units) == len(gate.doubtful) or bool((mask == before).all()):
+            break
     solved = solve_input([layer.equations(mask), *others])
     if solved.determined and solved.residual > JUMP * usual:
-        repaired = _repaired(gate, mask, layer, others, solved, JUMP * usual, limit)
+        repaired = _repaired(mask, layer, others, solved, JUMP * usual, limit)
         if repaired is not None:
             mask = repaired
             solved = solve_input([layer.equations(mask), *others])
@@ -138,7 +141,6 @@ def _decided(mask: Tensor, units: Tensor, layer: GatedLayer, x: Tensor) -> Tenso
 
 
 def _repaired(
-    gate: Gate,
     mask: Tensor,
     layer: GatedLayer,
     others: Sequence[LayerEquations],
@@ -157,12 +159,12 @@ def _repaired(
     for _ in range(_ROUNDS):
         left = torch.linalg.vector_norm(whole.residuals(x).flatten(1), dim=1) / size
         usual = left[~bad].median()
-        outlying = left > _OUTLYING * usual
-        if int((bad | outlying).sum()) > limit:  # the worst first
+        outlying = (left > _OUTLYING * usual) & ~bad
+        if not bool(outlying.any()) or int((bad | outlying).sum()) > limit:  # the worst first
             worst = torch.where(bad, 0.0, left).topk(max(1, limit // 5)).indices
-            outlying = torch.zeros_like(bad).index_fill(0, worst, True) & outlying
+            outlying = torch.zeros_like(bad).index_fill(0, worst, True)
         more = bad | outlying
-        if int(more.sum()) > limit or bool((more == bad).all()):
+        if int(more.sum()) > limit:
             return None
         bad = more
         again = solve_input([whole.without(bad), *others])
@@ -170,25 +172,19 @@ def _repaired(
             return None
         x = again.x
         if again.residual <= allowed:
-            return _mended(gate, mask, bad, layer, x)
+            return _mended(mask, bad, layer, x)
     return None
 
 
-def _mended(gate: Gate, mask: Tensor, bad: Tensor, layer: GatedLayer, x: Tensor) -> Tensor:
-    """Flip the units of the ``bad`` channels that explain what their gradients miss."""
+def _mended(mask: Tensor, bad: Tensor, layer: GatedLayer, x: Tensor) -> Tensor:
+    """Read all units of the ``bad`` channels off their gradients, given the layer's input ``x``."""
     mask = mask.clone()
     patches = layer.window.patches(x).movedim(3, 1).flatten(2)  # (N, P, C·T)
-    left = layer.equations(mask).residuals(x).flatten(1)
+    if patches.shape[0] * patches.shape[1] > patches.shape[2]:
+        return mask
     for channel in bad.nonzero().flatten().tolist():
-        rest = left[channel]
-        columns = layer.coefficient[:, channel, :, None] * patches
-        for _ in range(_FLIPS):
-            sign = 1.0 - 2.0 * mask[:, channel].to(columns.dtype)  # opening adds, closing takes
-            after = torch.linalg.vector_norm(rest - sign[..., None] * columns, dim=2)
-            best = int(after.argmin())
-            sample, place = divmod(best, mask.shape[2])
-            if float(after.flatten()[best]) > _TAKES * float(torch.linalg.vector_norm(rest)):
-                break
-            rest = rest - sign[sample, place] * columns[sample, place]
-            mask[sample, channel, place] = ~mask[sample, channel, place]
+        columns = (layer.coefficient[:, channel, :, None] * patches).flatten(0, 1)
+        target = layer.gradient[channel].flatten()
+        share = torch.linalg.pinv(columns.mT, rtol=_INDEPENDENT) @ target
+        mask[:, channel] = share.view(mask.shape[0], -1) > 0.5
     return mask

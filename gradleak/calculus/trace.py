@@ -53,8 +53,12 @@ class Operation:
     shape: tuple[int, ...]
 
     def run(self, inputs: Sequence[Tensor], state: Mapping[str, Tensor]) -> Tensor:
-        """Compute the operation again from its ``inputs`` and the network's ``state``."""
-        given = dict(zip(self.inputs, inputs, strict=True))
+        """Compute the operation again from its ``inputs`` and the network's ``state``.
+
+        It gets copies: it may have been one in place.
+        """
+        copies = [tensor.clone() for tensor in inputs]
+        given = dict(zip(self.inputs, copies, strict=True))
 
         def fill(value: Any) -> Any:
             if isinstance(value, Place):

@@ -268,7 +268,10 @@ class Walk:
         count = rows * shape[1] + sum(part.count() for part in forward)
         if forward and count >= math.prod(shape):
             if math.prod(shape) > DENSE:
-                raise Stopped(f"{math.prod(shape)} unknowns are too many for its joint equations")
+                raise Stopped(
+                    f"{rows} equations for {unknowns} unknowns a channel, and with those of its "
+                    f"output {math.prod(shape)} unknowns, too many to be solved for together"
+                )
             solution = solve_jointly(equations, forward, shape, self._unit)
             if solution.determined:
                 return self._keep(tensor, readers, equations, solution, 0)

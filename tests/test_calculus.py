@@ -1,0 +1,292 @@
+"""The calculus of layers: what passes them, what their gradients say, and where a walk ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from photographs import crops
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gradleak.calculus.gates import GatedLayer, read_gate, settle
+from gradleak.calculus.layer import layer_of
+from gradleak.calculus.pooled import pooled_gate
+from gradleak.calculus.trace import trace
+from gradleak.calculus.walk import Walk, walk_down
+from gradleak.calculus.window import Window
+from gradleak.models.build import build_model
+from gradleak.normalisation import normalise
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Case:
+    """A network on photographs, its gradient, and every tensor of its forward pass."""
+
+    def __init__(
+        self, model: nn.Module, size: int, samples: int = 1, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.model = model.eval().to(dtype)
+        dice = torch.Generator().manual_seed(samples)
+        self.images = normalise(crops(size, samples, dice), (0.5,) * 3, (0.25,) * 3).to(dtype)
+        seen: list[Tensor] = []
+        head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+        handle = head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+        logits = self.model(self.images)
+        handle.remove()
+        self.feature = seen[0].detach()
+        classes = logits.shape[1]
+        self.labels = F.one_hot(torch.arange(samples) % classes, classes).double()
+        loss = F.cross_entropy(logits, self.labels.to(dtype))
+        named = dict(model.named_parameters())
+        found = torch.autograd.grad(loss, list(named.values()))
+        self.gradients = dict(zip(named, found, strict=True))
+
+    def walk(self) -> Walk:
+        example = torch.zeros_like(self.images)
+        return walk_down(self.model, example, self.gradients, self.labels, self.feature)
+
+    def truth(self) -> dict[str, Tensor]:
+        """Return what every layer with a weight read, by its name."""
+        read: dict[str, Tensor] = {}
+        steps = trace(self.model, self.images)
+        state = {n: t.double() for n, t in self.model.state_dict().items()}
+        values = {0: self.images.double()}
+        for operation in steps.operations:
+            inputs = [values[number] for number in operation.inputs]
+            values[operation.output] = operation.run(inputs, state)
+            read[operation.name] = inputs[0]
+        return read
+
+    def check(self, walk: Walk, tolerance: float) -> list[str]:
+        """Compare every map with the truth, and return the names of their layers."""
+        truth = self.truth()
+        for found in walk.maps:
+            true = truth[found.names[0]]
+            off = float((found.estimate.value - true).norm() / true.norm())
+            assert off < tolerance, f"{found.names}: {off:.1e}"
+        return [name for found in walk.maps for name in found.names]
+
+
+class Residual(nn.Module):
+    """Two convolutions beside a shortcut, written with functions, operators and in-place calls."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 24, 3, stride=2, padding=1)
+        self.one = nn.Conv2d(24, 32, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(32)
+        self.two = nn.Conv2d(32, 32, 3, padding=1)
+        self.short = nn.Conv2d(24, 32, 1, stride=2)
+        self.drop = nn.Dropout(0.5)
+        self.fc = nn.Linear(32 * 16, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        y = F.relu_(self.norm(self.one(x)))
+        y = self.two(y)
+        y += self.short(x)
+        y = self.drop(nn.functional.relu(y))
+        logits: Tensor = self.fc(y.reshape(len(y), -1))
+        return logits
+
+
+def plain(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(*layers)
+
+
+# --- The trace ----------------------------------------------------------------------------------
+
+
+def test_a_trace_names_what_is_computed_and_not_who_computes_it() -> None:
+    model = Residual()
+    steps = trace(model, torch.zeros(2, 3, 16, 16))
+    kinds = [operation.kind for operation in steps.operations]
+    assert kinds == [
+        *("conv2d", "relu", "conv2d", "batch_norm", "relu", "conv2d", "conv2d", "add"),
+        *("relu", "dropout", "view", "linear"),
+    ]
+    names = [operation.name for operation in steps.operations if operation.kind == "conv2d"]
+    assert names == ["stem", "one", "two", "short"]
+    assert model.training
+    assert steps.shapes[steps.logits] == (2, 10)
+
+
+@pytest.mark.parametrize("name", ["fcn4", "lenet", "resnet18", "resnet50", "alexnet"])
+def test_a_trace_runs_again_to_the_same_logits(name: str) -> None:
+    size = 64 if name != "lenet" else 32
+    model = build_model(name, classes=10, size=size).eval()
+    images = crops(size, 2, torch.Generator().manual_seed(0))
+    steps = trace(model, torch.zeros_like(images))
+    values = {0: images}
+    for operation in steps.operations:
+        inputs = [values[number] for number in operation.inputs]
+        values[operation.output] = operation.run(inputs, model.state_dict())
+    torch.testing.assert_close(values[steps.logits], model(images))
+
+
+# --- Windows ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"),
+    [
+        (3, 1, 1, 1),
+        (3, 2, 1, 1),
+        (5, 2, 2, 1),
+        (1, 2, 0, 1),
+        (3, 1, 2, 2),
+        (7, 2, 3, 1),
+        (2, 3, 0, 1),
+    ],
+)
+def test_a_window_gives_the_gradient_of_the_weight(
+    kernel: int, stride: int, padding: int, dilation: int
+) -> None:
+    images = crops(14, 2, torch.Generator().manual_seed(0)).double()[..., :11]
+    layer = nn.Conv2d(3, 4, kernel, stride, padding, dilation, bias=False).double()
+    output = layer(images)
+    delta = torch.randn_like(output)
+    (gradient,) = torch.autograd.grad(output, layer.weight, delta)
+    sizes = [(size, size) for size in (kernel, stride, padding, dilation)]
+    window = Window.of_convolution((14, 11), *sizes)
+    found = window.gradient(delta.flatten(2), images.flatten(2))
+    torch.testing.assert_close(found.view_as(gradient), gradient)
+    rows = window.matrix(delta.flatten(2)) @ images.flatten(2).transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(rows.view(4, -1, 3).mT.reshape_as(gradient), gradient)
+
+
+# --- Walks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_a_residual_network_of_ones_own_gives_its_maps(samples: int) -> None:
+    torch.manual_seed(0)
+    case = Case(Residual(), 16, samples)
+    walk = case.walk()
+    names = case.check(walk, 1e-4)
+    assert names[:3] == ["two", "one", "short"]
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Sigmoid, nn.Tanh, lambda: nn.LeakyReLU(0.1)])
+def test_an_mlp_gives_its_images(activation: Callable[[], nn.Module], samples: int) -> None:
+    torch.manual_seed(0)
+    model = plain(
+        nn.Flatten(), nn.Linear(768, 200), activation(), nn.Linear(200, 60, bias=False),
+        activation(), nn.Linear(60, 10),
+    )  # fmt: skip
+    case = Case(model, 16, samples)
+    walk = case.walk()
+    assert not walk.barriers
+    assert walk.image is not None
+    assert float((walk.image - case.images).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("activation", [nn.Sigmoid, nn.Tanh, lambda: nn.LeakyReLU(0.1)])
+def test_an_invertible_convolutional_network_gives_its_image(
+    activation: Callable[[], nn.Module],
+) -> None:
+    torch.manual_seed(1)
+    model = plain(
+        nn.Conv2d(3, 12, 5, 2, 2), activation(), nn.Conv2d(12, 12, 5, 2, 2), activation(),
+        nn.Conv2d(12, 12, 5, 1, 2), activation(), nn.Flatten(), nn.Linear(12 * 16, 10),
+    )  # fmt: skip
+    case = Case(model, 16)
+    walk = case.walk()
+    assert walk.image is not None, walk.barriers
+    assert float((walk.image - case.images).abs().max()) < 1e-3
+
+
+def test_a_resnet_gives_every_map_above_its_stem() -> None:
+    case = Case(build_model("resnet18", classes=20, size=32), 32, 2)
+    walk = case.walk()
+    names = case.check(walk, 1e-3)
+    assert len(names) == 19
+    assert names[-1] == "layer1.0.conv1"
+    assert [barrier.name for barrier in walk.barriers][:1] == ["max_pool2d 3"]
+
+
+def test_the_mask_under_global_pooling_is_found() -> None:
+    case = Case(build_model("resnet18-cifar", classes=20, size=32), 32)
+    walk = case.walk()
+    names = case.check(walk, 1e-3)
+    assert names[0] == "layer4.1.conv2"
+    assert names[-1] == "layer2.0.conv2"
+    assert "1280 equations for 1024 unknowns" in walk.barriers[0].why
+
+
+def test_two_samples_under_global_pooling_are_a_barrier() -> None:
+    case = Case(build_model("resnet18-cifar", classes=20, size=32), 32, 2)
+    walk = case.walk()
+    assert not walk.maps
+    assert walk.barriers[0].name.startswith("relu")
+
+
+def test_a_layer_that_nobody_knows_stops_the_walk_and_is_named() -> None:
+    torch.manual_seed(0)
+    model = plain(
+        nn.Flatten(), nn.Linear(768, 200), nn.Softplus(), nn.Linear(200, 60), nn.ReLU(),
+        nn.Linear(60, 10),
+    )  # fmt: skip
+    case = Case(model, 16, 2)
+    walk = case.walk()
+    assert case.check(walk, 1e-4) == ["3"]
+    assert str(walk.barriers[0]).endswith("no layer of the kind softplus is known")
+    assert walk.image is None
+    assert layer_of("softplus") is None
+
+
+def test_float64_gradients_give_float64_maps() -> None:
+    case = Case(build_model("resnet18", classes=20, size=32), 32, 1, torch.float64)
+    case.check(case.walk(), 1e-11)
+
+
+# --- Gates --------------------------------------------------------------------------------------
+
+
+def gated(noise: float, seed: int) -> tuple[Tensor, Tensor, Tensor, GatedLayer, Tensor]:
+    """Return a rectifier's noisy output with its errors, its mask, and the layer below it."""
+    dice = torch.Generator().manual_seed(seed)
+    window = Window.of_convolution((6, 6), (3, 3), (1, 1), (1, 1), (1, 1))
+    below = crops(6, 16, dice).double().reshape(2, 24, 36)
+    before = torch.randn(2, 40, 36, generator=dice, dtype=torch.float64)
+    mask, coefficient = before > 0, torch.randn(before.shape, generator=dice, dtype=torch.float64)
+    gradient = window.gradient(coefficient * mask, below)
+    gradient = gradient + 1e-8 * torch.randn(gradient.shape, generator=dice, dtype=torch.float64)
+    value = before.clamp(min=0.0) + noise * torch.randn(before.shape, generator=dice).double()
+    layer = GatedLayer(window, coefficient, gradient)
+    return value, torch.full_like(value, noise), mask, layer, below
+
+
+@pytest.mark.parametrize("noise", [1e-6, 1e-4, 1e-3])
+def test_a_gate_is_settled_by_the_gradient_below_it(noise: float) -> None:
+    for seed in range(3):
+        value, std, mask, layer, below = gated(noise, seed)
+        settled = settle(read_gate(value, std), layer, [], 1e-7)
+        assert bool((settled.mask == mask).all())
+        assert float((settled.solution.x - below).abs().max()) < 1e-5
+
+
+def test_a_mistaken_unit_is_found_by_the_residual() -> None:
+    value, std, mask, layer, _ = gated(1e-6, 0)
+    gate = read_gate(value, std)
+    wrong = gate.mask.clone()
+    for unit in ((0, 3, 7), (1, 20, 30), (0, 3, 20)):
+        wrong[unit] = ~wrong[unit]
+    settled = settle(type(gate)(wrong, gate.sure, gate.doubtful), layer, [], 1e-7)
+    assert bool((settled.mask == mask).all())
+    assert settled.changed == 3
+
+
+def test_a_pooled_gate_needs_a_3x3_convolution() -> None:
+    _, _, _, layer, _ = gated(1e-6, 0)
+    assert pooled_gate(layer) is None
