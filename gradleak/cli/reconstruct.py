@@ -74,8 +74,8 @@ def command(
     method: Annotated[
         str,
         typer.Option(
-            help="auto, mlp (read off the first Linear layer) or match (gradient matching); auto "
-            "takes the exact one where it applies.",
+            help="auto, mlp (read off the first Linear layer), peel (walk down through the layers' "
+            "gradients) or match (gradient matching); auto takes the first that gets through.",
             rich_help_panel=ATTACK,
         ),
     ] = "auto",
