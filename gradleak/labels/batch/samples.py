@@ -72,7 +72,7 @@ def find_samples(
             while left.size > 0 and overdetermined(left, family):
                 roots = _search(whole, left, family, round_, generator)
                 if len(roots.a):
-                    roots = _distinct(whole, roots, found)
+                    roots, found = _more(whole, roots, found)
                 if not len(roots.a):
                     break
                 found.append(Found(roots, family))
@@ -83,6 +83,19 @@ def find_samples(
         if left.size == 0:
             break
     return found
+
+
+def _more(whole: Subspace, roots: Roots, found: list[Found]) -> tuple[Roots, list[Found]]:
+    """Return which ``roots`` are samples besides those ``found``, and those.
+
+    Where all roots contradict what was found, the greater number of samples that agree with one
+    another is right: a mistaken one keeps every true one out.
+    """
+    new = _distinct(whole, roots, found)
+    if len(new.a) or not found:
+        return new, found
+    alone = _distinct(whole, roots, [])
+    return (alone, []) if len(alone.a) > sum(len(f.roots.a) for f in found) else (new, found)
 
 
 def search_once(
@@ -167,7 +180,8 @@ def _refined(
     refined = Equations(whole, family.base).descend(a, classes, _REFINEMENTS)
     if bool(weak.any()):
         again, classes = torch.cat([a, refined.a]), torch.cat([classes, refined.classes])
-        refined = Equations(whole, family.base, loosely=True).descend(again, classes, _STEPS)
+        loose = Equations(whole, family.base, loosely=True).descend(again, classes, _STEPS)
+        refined = Roots.join([refined, loose])  # a free base needs the firm one for its scale
     return refined.take(belongs(whole, refined))
 
 

@@ -23,11 +23,9 @@ from gradleak.labels.batch.subspace import Subspace
 from gradleak.softlabels import Family
 
 # Choices of ends that are tried, and polishing steps for each.
-_TRIALS, _STEPS = 24, 60
+_TRIALS, _STEPS = 16, 40
 # How far along the weak directions the chosen ends are moved, in their own size.
 _SPREAD = 0.3
-# Of all samples, at most this share may be missing.
-_SHARE = 0.5
 
 
 def complete(
@@ -40,7 +38,7 @@ def complete(
     """
     missing = whole.size - sum(len(f.roots.a) for f in found)
     weak = whole.weak()
-    if not 0 < missing <= _SHARE * whole.size or not bool(weak.any()):
+    if not 0 < missing <= 2 * int(weak.sum()):  # each weak direction is one pair's
         return None
     names = [f.family.name for f in found]
     for family in sorted(families, key=lambda f: -names.count(f.name)):
