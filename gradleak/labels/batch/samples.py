@@ -100,10 +100,16 @@ def _more(whole: Subspace, roots: Roots, found: list[Found]) -> tuple[Roots, lis
 
 def search_once(
     whole: Subspace, found: Sequence[Found], family: Family, generator: torch.Generator
-) -> Roots:
-    """Return all ends of one more search that are samples, those ``found`` among them or not."""
+) -> Roots | None:
+    """Return all ends of one more search that are samples, those ``found`` among them or not.
+
+    None where one sample alone has too few equations, or no end is a sample.
+    """
     left = _without(whole, found)
-    return _search(whole, left, family, 0, generator)
+    if not overdetermined(left, family):
+        return None
+    ends = _search(whole, left, family, 0, generator)
+    return ends if len(ends.a) else None
 
 
 def _without(whole: Subspace, found: Sequence[Found]) -> Subspace:

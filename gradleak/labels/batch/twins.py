@@ -38,12 +38,13 @@ def complete(
     """
     missing = whole.size - sum(len(f.roots.a) for f in found)
     weak = whole.weak()
-    if not 0 < missing <= 2 * int(weak.sum()):  # each weak direction is one pair's
+    # Each weak direction is one pair's. With nothing found there is nothing to complete.
+    if not found or not 0 < missing <= 2 * int(weak.sum()):
         return None
     names = [f.family.name for f in found]
     for family in sorted(families, key=lambda f: -names.count(f.name)):
         ends = search_once(whole, found, family, generator)
-        if not len(ends.a):
+        if ends is None:
             continue
         for _ in range(_TRIALS):
             chosen = ends.take(_some(ends, missing, generator))
@@ -52,7 +53,7 @@ def complete(
             moved = chosen.a + _SPREAD * weak * size * shift.to(chosen.a.device)
             parts = [*found, Found(replace(chosen, a=moved), family)]
             solved = polish(whole, *laid_out(whole, parts), steps=_STEPS)
-            if explains(whole, solved):
+            if solved.freedom > 0 and explains(whole, solved):
                 return solved.a, solved.labels
     return None
 
