@@ -27,6 +27,7 @@ from gradleak.softlabels import MIXED, soft_label
 from gradleak.stages.capture import Capture, capture
 from gradleak.stages.feature import recover_feature
 from gradleak.stages.label import recover_label
+from gradleak.stages.reconstruct import reconstruct
 from gradleak.stages.score import score
 
 FAMILIES = ("hard", "smooth", "mixup", "mixup+smooth")
@@ -202,17 +203,20 @@ def test_the_number_of_samples_can_be_given() -> None:
         recover_label(bare, batch_size=0)
 
 
-def test_features_of_a_batch_end_at_the_head() -> None:
+def test_a_batch_through_an_mlp_gives_the_inputs_of_all_layers() -> None:
     labels = torch.stack([soft_label([(k, 1.0)], 17, 0.1) for k in (3, 5)])
     images = crops(16, 2, torch.Generator().manual_seed(0))
-    captured = capture(build_model("fcn4", size=16), images, labels, device="cpu")
+    network = build_model("fcn4", size=16)
+    captured = capture(network, images, labels, device="cpu")
     outcome = recover_feature(recover_label(captured.bundle, device="cpu").bundle, device="cpu")
-    assert [layer.name for layer in outcome.layers] == ["fc4"]
-    assert outcome.stopped == "fc3: of a batch only the inputs of the head are recovered"
-    assert (outcome.verdict, outcome.batch_size) == ("failed", 2)
-    assert "1 of 4 Linear layers" in outcome.reason
+    assert [layer.name for layer in outcome.layers] == ["fc4", "fc3", "fc2", "fc1"]
+    assert (outcome.verdict, outcome.batch_size, outcome.stopped) == ("unique", 2, None)
     scored = score(outcome.bundle, truth=captured.truth)
-    assert max(scored.features["fc4"]) <= EXACT_FEATURE
+    assert max(max(errors) for errors in scored.features.values()) <= EXACT_FEATURE
+    pictures = reconstruct(outcome.bundle, model=network, device="cpu")
+    assert (pictures.verdict, pictures.method) == ("unique", "peel")
+    away = (pictures.images[:, None] - images).abs().amax((2, 3, 4)).amin(0)
+    assert float(away.max()) < 1e-5
 
 
 # --- Labels that do not belong to the gradient --------------------------------------------------
