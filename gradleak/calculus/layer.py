@@ -81,6 +81,14 @@ class Layer:
         """Return the name of the layer's weight, None without one."""
         return None
 
+    def compared(self, operation: Operation, walk: Walking) -> tuple[int, Tensor | None]:
+        """Return which tensor to compare with a recovered output, and where.
+
+        Where the mask is False, the tensor is only known not to exceed zero; None stands for
+        values everywhere.
+        """
+        return operation.output, None
+
 
 class Affine(Layer):
     """An operation that is affine in its inputs: δ passes by the transposed map."""

@@ -173,6 +173,10 @@ class Walk:
         """Return ∂loss/∂tensor, None where it was not reached."""
         return self._deltas.get(tensor)
 
+    def recovered(self, tensor: int) -> Estimate | None:
+        """Return what has been recovered of a tensor so far."""
+        return self._values.get(tensor)
+
     def value(self, tensor: int) -> Estimate:
         """Return what is recovered of a tensor; raises :class:`Stopped` where nothing is."""
         if tensor not in self._values:
@@ -183,7 +187,7 @@ class Walk:
     def mask(self, operation: Operation) -> Tensor:
         """Return which units (N, …) of a rectifier were open."""
         if operation.output not in self._masks:
-            below = self._gated(operation)
+            below = self._gated(operation) if operation.output in self._deltas else None
             gate = self._read(operation, None if below is None else below[1][1])
             mask = gate.mask
             if below is not None:

@@ -75,7 +75,8 @@ def command(
         str,
         typer.Option(
             help="auto, mlp (read off the first Linear layer), peel (walk down through the layers' "
-            "gradients) or match (gradient matching); auto takes the first that gets through.",
+            "gradients), fit (to the lowest maps that the walk recovers) or match (gradient "
+            "matching); auto takes the first that gets through.",
             rich_help_panel=ATTACK,
         ),
     ] = "auto",
@@ -111,7 +112,8 @@ def command(
     time_limit: Annotated[
         float,
         typer.Option(
-            help="Seconds of matching over all restarts, above 0.", rich_help_panel=ATTACK
+            help="Seconds of a fit, and of matching in all restarts, above 0.",
+            rich_help_panel=ATTACK,
         ),
     ] = 60.0,
     tv: Annotated[

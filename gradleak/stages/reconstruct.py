@@ -11,13 +11,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from gradleak.bundle import FEATURE, GRAD, IMAGE, LABEL, Bundle, StageRecord
+from gradleak.calculus.fit import fit_image
 from gradleak.calculus.walk import walk_down
 from gradleak.device import resolve_device
 from gradleak.errors import IncompleteError, InputError, UsageError
 from gradleak.head import parameter_name, with_weights
-from gradleak.normalisation import denormalise
+from gradleak.normalisation import denormalise, normalise
 from gradleak.reconstruction.matching import MatchResult, match_gradients
 from gradleak.reconstruction.mlp import check_mlp, image_of_feature
 from gradleak.reconstruction.options import MatchSettings
@@ -26,9 +28,11 @@ from gradleak.stages.feature import BundleLayers
 from gradleak.stages.network import head_feature, input_shape, network_of, normalisation_of
 
 Verdict = Literal["unique", "approximate"]
-METHODS = ("auto", "mlp", "peel", "match")
-# A peeled image whose gradient misses the given one by more is worth a try of matching.
+METHODS = ("auto", "mlp", "peel", "fit", "match")
+# An image whose gradient misses the given one by more is worth a try of matching.
 _FAR = 1e-2
+# The picture that a fit starts from: so many smooth blots a side, of this mean and spread.
+_START_GRID, _START_GREY, _START_SPREAD = 4, 0.5, 0.15
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,10 @@ def reconstruct(
     """Reconstruct the image behind a gradient bundle whose label has been recovered.
 
     ``method`` ``mlp`` reads the image off the first Linear layer's feature (exact); ``peel`` walks
-    down through the layers' gradients (exact where it gets through); ``match`` optimises the image
-    until its gradient matches (``settings``); ``auto`` takes the first that applies.
+    down through the layers' gradients (exact where it gets through); ``fit`` fits the image to the
+    lowest maps that the walk recovered; ``match`` optimises the image until its gradient matches;
+    ``auto`` takes the first that applies. ``settings`` are those of the matching, and their time
+    limit that of a fit.
     ``model`` is needed for a network that is not built in: the module itself, or ``module:factory``
     repeated by the user, since a bundle's word for it imports nothing. The image goes to
     ``image/reconstructed``.
@@ -100,7 +106,7 @@ def reconstruct(
             normalisation=normalisation_of(spec),
             head=spec.head,
         )
-        answer = _by_walk_or_matching(method, given, settings, seed, progress)
+        answer = _by_walk_or_matching(method, given, settings or MatchSettings(), seed, progress)
     seconds = time.perf_counter() - start
     certificate, match = answer.certificate, answer.match
     verdict: Verdict = "unique" if certificate.exact else "approximate"
@@ -158,48 +164,63 @@ class _Given:
         mean, std = self.normalisation
         return check_reconstruction(self.network, self.gradients, images, self.labels, mean, std)
 
+    def answer(self, method: str, inputs: Tensor) -> _Answer:
+        """Make an answer of what the network takes, ``inputs`` (N, C, H, W)."""
+        images = denormalise(inputs, *self.normalisation).clamp(0.0, 1.0).float()
+        return _Answer(method, images, self.certify(images))
+
+    def smooth_start(self, dice: torch.Generator) -> Tensor:
+        """Return smooth random inputs (N, C, H, W): at plain grey all kinks of ReLUs meet."""
+        size = (len(self.labels), self.shape[0], _START_GRID, _START_GRID)
+        coarse = _START_GREY + _START_SPREAD * torch.randn(size, generator=dice, device=dice.device)
+        pictures = interpolate(coarse, size=self.shape[1:], mode="bicubic", align_corners=False)
+        return normalise(pictures, *self.normalisation)
+
 
 def _by_walk_or_matching(
     method: str,
     given: _Given,
-    settings: MatchSettings | None,
+    settings: MatchSettings,
     seed: int,
     progress: Callable[[int, int, float], None] | None,
 ) -> _Answer:
-    """Walk down to the image where that works, and match gradients where it does not."""
-    peeled = None
-    if method in ("auto", "peel"):
+    """Walk down as far as that goes, fit the rest, and match gradients where that fails too."""
+    answers = []
+    if method != "match":
         try:
-            peeled = _by_walk(given)
+            answers.append(_by_walk(method, given, settings, seed))
         except IncompleteError:
-            if method == "peel":
+            if method != "auto":
                 raise
-    if peeled is not None and (method == "peel" or peeled.certificate.relative <= _FAR):
-        return peeled
-    matched = _by_matching(given, settings, seed, progress)
-    if peeled is not None and peeled.certificate.relative <= matched.certificate.relative:
-        return peeled
-    return matched
+    near = any(answer.certificate.relative <= _FAR for answer in answers)
+    if method in ("auto", "match") and not near:
+        answers.append(_by_matching(given, settings, seed, progress))
+    return min(answers, key=lambda answer: answer.certificate.relative)
 
 
-def _by_walk(given: _Given) -> _Answer:
-    """Recover the images layer by layer; raises :class:`IncompleteError` where that stops."""
+def _by_walk(method: str, given: _Given, settings: MatchSettings, seed: int) -> _Answer:
+    """Recover the images layer by layer, and fit them to the lowest maps where that stops."""
     if given.feature is None:
         raise IncompleteError("the head's input is not known", "run gradleak recover-feature first")
     samples = len(given.labels)
     example = torch.zeros(samples, *given.shape, device=given.labels.device)
     walk = walk_down(given.network, example, given.gradients, given.labels, given.feature)
-    if walk.image is None:
+    if walk.image is not None and method != "fit":
+        return given.answer("peel", walk.image)
+    if method == "peel":
         raise IncompleteError(
-            f"the image is out of reach by peeling: {walk.barriers[0]}", "use --method match"
+            f"the image is out of reach by peeling: {walk.barriers[0]}",
+            "use --method fit, or --method match",
         )
-    images = denormalise(walk.image, *given.normalisation).clamp(0.0, 1.0).float()
-    return _Answer("peel", images, given.certify(images))
+    dice = torch.Generator(device=given.labels.device).manual_seed(seed)
+    limit = math.inf if settings.time_limit is None else settings.time_limit
+    fitted = fit_image(walk, given.smooth_start(dice), seconds=limit, generator=dice)
+    return given.answer("fit", fitted.image)
 
 
 def _by_matching(
     given: _Given,
-    settings: MatchSettings | None,
+    settings: MatchSettings,
     seed: int,
     progress: Callable[[int, int, float], None] | None,
 ) -> _Answer:
@@ -213,7 +234,7 @@ def _by_matching(
         std=std,
         head=given.head,
         features=given.feature,
-        options=(settings or MatchSettings()).options(given.network, given.shape),
+        options=settings.options(given.network, given.shape),
         generator=torch.Generator(device=given.labels.device).manual_seed(seed),
         progress=progress,
     )

@@ -27,3 +27,7 @@ class Rectifier(Layer):
         mask = walk.mask(operation)
         known = mask if value.known is None else mask & value.known
         return Estimate(value.value, value.std, known)
+
+    def compared(self, operation: Operation, walk: Walking) -> tuple[int, Tensor | None]:
+        """Compare the input: closed units show that it is not positive, and no more."""
+        return operation.inputs[0], walk.mask(operation)

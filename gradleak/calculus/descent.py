@@ -1,0 +1,165 @@
+"""Levenberg–Marquardt for images: residuals by products alone, steps by conjugate gradients (§6f).
+
+The damping is a Laplacian, so that as long as it is strong only smooth changes are made, and the
+fine structure is decided last.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vjp
+from torch.nn import functional as F
+
+Residuals = Callable[[Tensor], tuple[Tensor, ...]]
+
+# Share of plain damping beside the Laplacian, which leaves the mean of an image free.
+_PLAIN = 0.1
+_LESS, _LITTLE_LESS, _MORE, _MUCH_MORE = 0.2, 0.5, 1.5, 10.0
+_LEAST_DAMPING = 1e-14
+_TRIES = 6
+# A step is solved for the more exactly the smaller the residual is.
+_ROUGH, _FINE, _NEAR = 1e-2, 1e-5, 1e-4
+# Gains of the sum of squares: a good step, a fair one, and the end.
+_GOOD, _FAIR, _NOTHING = 1.5, 1.05, 1.002
+_IDLE = 3
+
+
+@dataclass(frozen=True)
+class DescentOptions:
+    """How to descend: at most ``steps`` of ``inner`` products each, within ``seconds``.
+
+    ``damping`` is that of the first step, relative to the mean curvature; the descent ends when
+    the sum of squares is below ``enough``.
+    """
+
+    steps: int = 60
+    inner: int = 30
+    seconds: float = math.inf
+    damping: float = 1e-2
+    enough: float = 0.0
+
+
+@dataclass(frozen=True)
+class Descended:
+    """Where a descent ended: the image ``x``, the sum of squares there, and how many ``steps``."""
+
+    x: Tensor
+    squares: float
+    steps: int
+
+
+def descend(
+    residuals: Residuals,
+    start: Tensor,
+    options: DescentOptions,
+    *,
+    generator: torch.Generator,
+    progress: Callable[[int, float], None] | None = None,
+) -> Descended:
+    """Minimise the sum of squares of ``residuals`` from ``start`` (N, C, H, W).
+
+    ``progress`` is called after each step with its number and the sum of squares.
+    """
+    ends = time.monotonic() + options.seconds
+    x = start
+    left, pull = _linearised(residuals, x)
+    squares, damping, idle, step = _dot(left, left), options.damping, 0, 0
+    curvature = _curvature(residuals, x, generator)
+    while step < options.steps and squares > options.enough and time.monotonic() < ends:
+        down = -pull(left)
+        tolerance = _ROUGH if squares > _NEAR else _FINE
+        for _ in range(_TRIES):
+            product = _product(residuals, pull, x, damping * curvature)
+            trial = x + _solve(product, down, options.inner, tolerance)
+            trial_left, trial_pull = _linearised(residuals, trial)
+            trial_squares = _dot(trial_left, trial_left)
+            if trial_squares < squares:
+                break
+            damping *= _MUCH_MORE
+        else:
+            break
+        gain = squares / max(trial_squares, 1e-300)
+        x, left, pull, squares = trial, trial_left, trial_pull, trial_squares
+        factor = _LESS if gain > _GOOD else _LITTLE_LESS if gain > _FAIR else _MORE
+        damping = max(damping * factor, _LEAST_DAMPING)
+        idle = idle + 1 if gain < _NOTHING else 0
+        step += 1
+        if progress is not None:
+            progress(step, squares)
+        if idle == _IDLE:
+            break
+    return Descended(x, squares, step)
+
+
+Pull = Callable[[Sequence[Tensor]], Tensor]
+
+
+def _linearised(residuals: Residuals, x: Tensor) -> tuple[tuple[Tensor, ...], Pull]:
+    """Return the residuals at ``x``, and the product with the transposed Jacobian."""
+    left, back, *_ = vjp(residuals, x)
+
+    def pull(weights: Sequence[Tensor]) -> Tensor:
+        found: Tensor = back(tuple(weights))[0]
+        return found
+
+    return left, pull
+
+
+def _product(
+    residuals: Residuals, pull: Pull, x: Tensor, damping: float
+) -> Callable[[Tensor], Tensor]:
+    """Return the product with JᵀJ + damping · (Laplacian and a little identity)."""
+
+    def product(v: Tensor) -> Tensor:
+        pushed = jvp(residuals, (x,), (v,))[1]
+        return pull(pushed) + damping * (_PLAIN * v + _laplacian(v))
+
+    return product
+
+
+def _laplacian(v: Tensor) -> Tensor:
+    across, along = v[..., 1:] - v[..., :-1], v[..., 1:, :] - v[..., :-1, :]
+    return (
+        F.pad(across, (1, 0))
+        - F.pad(across, (0, 1))
+        + F.pad(along, (0, 0, 1, 0))
+        - F.pad(along, (0, 0, 0, 1))
+    )
+
+
+def _curvature(residuals: Residuals, x: Tensor, generator: torch.Generator) -> float:
+    """Return the mean of the eigenvalues of JᵀJ, as one random direction shows it."""
+    v = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    pushed = jvp(residuals, (x,), (v,))[1]
+    return _dot(pushed, pushed) / float(v.square().sum())
+
+
+def _solve(
+    product: Callable[[Tensor], Tensor], right: Tensor, steps: int, tolerance: float
+) -> Tensor:
+    """Solve by conjugate gradients to a relative ``tolerance``, or for so many ``steps``."""
+    x, left = torch.zeros_like(right), right.clone()
+    direction, size = left, left.square().sum()
+    goal = tolerance**2 * size
+    for _ in range(steps):
+        turned = product(direction)
+        along = (direction * turned).sum()
+        if not float(along) > 0.0:
+            break
+        length = size / along
+        x, left = x + length * direction, left - length * turned
+        before, size = size, left.square().sum()
+        if size <= goal:
+            break
+        direction = left + size / before * direction
+    return x
+
+
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    return float(torch.stack([(p * q).sum() for p, q in zip(a, b, strict=True)]).sum())
