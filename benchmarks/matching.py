@@ -45,7 +45,7 @@ def main() -> None:
         captured = gradleak.capture(model, centre(photograph, size), label, spec=spec)
         featured = gradleak.recover_feature(gradleak.recover_label(captured.bundle).bundle)
         settings = MatchSettings(optimiser=optimiser, time_limit=seconds)
-        found = gradleak.reconstruct(featured.bundle, settings=settings)
+        found = gradleak.reconstruct(featured.bundle, method="match", settings=settings)
         assert found.match is not None
         score = image_score(found.images, captured.truth.images)
         used = found.match.options

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp
 from torch.nn import functional as F
 
 Residuals = Callable[[Tensor], tuple[Tensor, ...]]
@@ -67,60 +66,77 @@ def descend(
     ``progress`` is called after each step with its number and the sum of squares.
     """
     ends = time.monotonic() + options.seconds
-    x = start
-    left, pull = _linearised(residuals, x)
-    squares, damping, idle, step = _dot(left, left), options.damping, 0, 0
-    curvature = _curvature(residuals, x, generator)
-    while step < options.steps and squares > options.enough and time.monotonic() < ends:
-        down = -pull(left)
-        tolerance = _ROUGH if squares > _NEAR else _FINE
+    here = _Point(residuals, start)
+    damping, idle, step = options.damping, 0, 0
+    curvature = here.curvature(generator)
+    while step < options.steps and here.squares > options.enough and time.monotonic() < ends:
+        down = -here.pull(here.left)
+        tolerance = _ROUGH if here.squares > _NEAR else _FINE
         for _ in range(_TRIES):
-            product = _product(residuals, pull, x, damping * curvature)
-            trial = x + _solve(product, down, options.inner, tolerance)
-            trial_left, trial_pull = _linearised(residuals, trial)
-            trial_squares = _dot(trial_left, trial_left)
-            if trial_squares < squares:
+            product = here.product(damping * curvature)
+            there = _Point(residuals, here.x + _solve(product, down, options.inner, tolerance))
+            if there.squares < here.squares:
                 break
             damping *= _MUCH_MORE
         else:
             break
-        gain = squares / max(trial_squares, 1e-300)
-        x, left, pull, squares = trial, trial_left, trial_pull, trial_squares
+        gain = here.squares / max(there.squares, 1e-300)
+        here = there
         factor = _LESS if gain > _GOOD else _LITTLE_LESS if gain > _FAIR else _MORE
         damping = max(damping * factor, _LEAST_DAMPING)
         idle = idle + 1 if gain < _NOTHING else 0
         step += 1
         if progress is not None:
-            progress(step, squares)
+            progress(step, here.squares)
         if idle == _IDLE:
             break
-    return Descended(x, squares, step)
+    return Descended(here.x, here.squares, step)
 
 
-Pull = Callable[[Sequence[Tensor]], Tensor]
+class _Point:
+    """The residuals ``left`` at an image, and the products with their Jacobian there.
 
+    The product Jv is the derivative of Jᵀu by u: twice backwards, with the image passed forward
+    once for all products.
+    """
 
-def _linearised(residuals: Residuals, x: Tensor) -> tuple[tuple[Tensor, ...], Pull]:
-    """Return the residuals at ``x``, and the product with the transposed Jacobian."""
-    left, back, *_ = vjp(residuals, x)
+    def __init__(self, residuals: Residuals, x: Tensor) -> None:
+        with torch.enable_grad():
+            self._x = x.detach().clone().requires_grad_()
+            self._out = residuals(self._x)
+            self._weights = [torch.zeros_like(part).requires_grad_() for part in self._out]
+            (self._back,) = torch.autograd.grad(
+                self._out, self._x, self._weights, create_graph=True
+            )
+        self.left = tuple(part.detach() for part in self._out)
+        self.squares = _size(self.left)
 
-    def pull(weights: Sequence[Tensor]) -> Tensor:
-        found: Tensor = back(tuple(weights))[0]
-        return found
+    @property
+    def x(self) -> Tensor:
+        """The image."""
+        return self._x.detach()
 
-    return left, pull
+    def push(self, v: Tensor) -> tuple[Tensor, ...]:
+        """Return Jv."""
+        return torch.autograd.grad(self._back, self._weights, v, retain_graph=True)
 
+    def pull(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return Jᵀ of ``parts``."""
+        return torch.autograd.grad(self._out, self._x, parts, retain_graph=True)[0]
 
-def _product(
-    residuals: Residuals, pull: Pull, x: Tensor, damping: float
-) -> Callable[[Tensor], Tensor]:
-    """Return the product with JᵀJ + damping · (Laplacian and a little identity)."""
+    def product(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """Return the product with JᵀJ + damping · (Laplacian and a little identity)."""
 
-    def product(v: Tensor) -> Tensor:
-        pushed = jvp(residuals, (x,), (v,))[1]
-        return pull(pushed) + damping * (_PLAIN * v + _laplacian(v))
+        def product(v: Tensor) -> Tensor:
+            return self.pull(self.push(v)) + damping * (_PLAIN * v + _laplacian(v))
 
-    return product
+        return product
+
+    def curvature(self, generator: torch.Generator) -> float:
+        """Return the mean of the eigenvalues of JᵀJ, as one random direction shows it."""
+        like = self._x
+        v = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+        return _size(self.push(v)) / float(v.square().sum())
 
 
 def _laplacian(v: Tensor) -> Tensor:
@@ -131,13 +147,6 @@ def _laplacian(v: Tensor) -> Tensor:
         + F.pad(along, (0, 0, 1, 0))
         - F.pad(along, (0, 0, 0, 1))
     )
-
-
-def _curvature(residuals: Residuals, x: Tensor, generator: torch.Generator) -> float:
-    """Return the mean of the eigenvalues of JᵀJ, as one random direction shows it."""
-    v = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-    pushed = jvp(residuals, (x,), (v,))[1]
-    return _dot(pushed, pushed) / float(v.square().sum())
 
 
 def _solve(
@@ -161,5 +170,6 @@ def _solve(
     return x
 
 
-def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    return float(torch.stack([(p * q).sum() for p, q in zip(a, b, strict=True)]).sum())
+def _size(parts: Sequence[Tensor]) -> float:
+    """Return the sum of squares."""
+    return float(torch.stack([part.square().sum() for part in parts]).sum())

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import grad
 
 from gradleak.calculus.layer import layer_of
 from gradleak.calculus.trace import Operation, Parameter
@@ -105,19 +104,19 @@ class RemainingNetwork:
         if not self._gradients:
             return self.missed_maps(image)
 
-        def pull(parameters: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
-            values = self._run(image, parameters)
+        with torch.enable_grad():
+            own = {n: self._state[n].detach().requires_grad_() for n in self._gradients}
+            values = self._run(image, own)
             pulls = [
                 (cut.delta * value).sum()
                 for cut, value in zip(self.cuts, values, strict=True)
                 if cut.delta is not None
             ]
-            return torch.stack(pulls).sum(), values
-
-        found, values = grad(pull, has_aux=True)({n: self._state[n] for n in self._gradients})
+            whole = torch.stack(pulls).sum()
+            found = torch.autograd.grad(whole, list(own.values()), create_graph=True)
         left = [
-            (found[name] - given) * (_GRADIENTS / given.norm())
-            for name, given in self._gradients.items()
+            (gradient - given) * (_GRADIENTS / given.norm())
+            for gradient, given in zip(found, self._gradients.values(), strict=True)
         ]
         return (*self._compared(values), *left)
 

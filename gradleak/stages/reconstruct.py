@@ -31,6 +31,8 @@ Verdict = Literal["unique", "approximate"]
 METHODS = ("auto", "mlp", "peel", "fit", "match")
 # An image whose gradient misses the given one by more is worth a try of matching.
 _FAR = 1e-2
+# Levels of an 8-bit picture, and how far from one a pixel may be to count as being there.
+_LEVELS, _OFF_LEVEL = 255.0, 0.1
 # The picture that a fit starts from: so many smooth blots a side, of this mean and spread.
 _START_GRID, _START_GREY, _START_SPREAD = 4, 0.5, 0.15
 
@@ -165,9 +167,19 @@ class _Given:
         return check_reconstruction(self.network, self.gradients, images, self.labels, mean, std)
 
     def answer(self, method: str, inputs: Tensor) -> _Answer:
-        """Make an answer of what the network takes, ``inputs`` (N, C, H, W)."""
-        images = denormalise(inputs, *self.normalisation).clamp(0.0, 1.0).float()
-        return _Answer(method, images, self.certify(images))
+        """Make an answer of what the network takes, ``inputs`` (N, C, H, W).
+
+        Most pictures have 8 bits. Where these all but have, they are tried with exactly those, and
+        the gradient decides.
+        """
+        images = denormalise(inputs, *self.normalisation).clamp(0.0, 1.0)
+        answer = _Answer(method, images.float(), self.certify(images.float()))
+        levels = images * _LEVELS
+        if float((levels - levels.round()).abs().max()) > _OFF_LEVEL:
+            return answer
+        rounded = (levels.round() / _LEVELS).float()
+        snapped = _Answer(method, rounded, self.certify(rounded))
+        return min(answer, snapped, key=lambda tried: tried.certificate.relative)
 
     def smooth_start(self, dice: torch.Generator) -> Tensor:
         """Return smooth random inputs (N, C, H, W): at plain grey all kinks of ReLUs meet."""
