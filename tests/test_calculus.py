@@ -233,7 +233,7 @@ def test_a_mistaken_unit_is_found_by_the_residual() -> None:
     wrong = gate.mask.clone()
     for unit in ((0, 3, 7), (1, 20, 30), (0, 3, 20)):
         wrong[unit] = ~wrong[unit]
-    settled = settle(type(gate)(wrong, gate.sure, gate.doubtful), layer, [], 1e-7)
+    settled = settle(type(gate)(wrong, gate.certain & False, gate.doubtful), layer, [], 1e-7)
     assert bool((settled.mask == mask).all())
     assert settled.changed == 3
 

@@ -103,7 +103,9 @@ class _Point:
     def __init__(self, residuals: Residuals, x: Tensor) -> None:
         with torch.enable_grad():
             self._x = x.detach().clone().requires_grad_()
-            self._out = residuals(self._x)
+            out = residuals(self._x)
+            # What the image does not move, such as the gradient of a last bias, has no slope.
+            self._out = [part for part in out if part.requires_grad]
             self._weights = [torch.zeros_like(part).requires_grad_() for part in self._out]
             (self._back,) = torch.autograd.grad(
                 self._out, self._x, self._weights, create_graph=True

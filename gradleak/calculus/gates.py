@@ -24,23 +24,26 @@ _CLOSED, _DOUBT_FROM, _DOUBT_TO = 1.5, 0.7, 15.0
 _LEAST_NOISE = 4.0
 # Share of the output channels that may be left out: all that are to spare, within bounds.
 _SPARE, _FEWEST, _MOST = 1.3, 0.02, 0.5
-# A residual that many times above what it was so far tells of a mistake; a channel with that many
-# times the median has one.
-JUMP, _OUTLYING = 20.0, 8.0
+# A channel whose residual is that many times the median's has a mistake.
+_OUTLYING = 4.0
+# Leaving out channels that do not stand out has to pay by this factor of the residual.
+_WORTH = 0.7
 _DECISIONS, _ROUNDS = 4, 8
 # Patches that are less independent than this say nothing of single units.
 _INDEPENDENT = 1e-9
+# A unit's share of 0 or 1 is read where it is half of that many standard deviations wide.
+_SIGMAS = 3.0
 
 
 @dataclass(frozen=True)
 class Gate:
-    """The ``mask`` (N, O, P) of a rectifier and how ``sure`` each unit is: 1 on the edge, or more.
+    """The ``mask`` (N, O, P) of a rectifier, and which units of it are ``certain`` to be open.
 
     ``doubtful`` (D, 3) are the units in doubt, the most doubtful first.
     """
 
     mask: Tensor
-    sure: Tensor
+    certain: Tensor
     doubtful: Tensor
 
 
@@ -48,11 +51,10 @@ def read_gate(value: Tensor, std: Tensor) -> Gate:
     """Read the gate off the recovered output (N, O, P) of a rectifier, with its errors ``std``."""
     ratio = value / std
     edge = _CLOSED * max(float((-ratio).amax()), _LEAST_NOISE)
-    sure = (ratio.clamp(min=1e-3) / edge).log().abs()
-    doubt = (ratio > _DOUBT_FROM / _CLOSED * edge) & (ratio < _DOUBT_TO / _CLOSED * edge)
-    units = doubt.nonzero()
-    order = sure[doubt].argsort()
-    return Gate(ratio > edge, sure, units[order])
+    certain = ratio >= _DOUBT_TO / _CLOSED * edge
+    doubt = (ratio > _DOUBT_FROM / _CLOSED * edge) & ~certain
+    order = (ratio[doubt] / edge).log().abs().argsort()
+    return Gate(ratio > edge, certain, doubt.nonzero()[order])
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,12 @@ class Settled:
 
 
 def settle(
-    gate: Gate, layer: GatedLayer, others: Sequence[LayerEquations], usual: float
+    gate: Gate, layer: GatedLayer, others: Sequence[LayerEquations], allowed: float
 ) -> Settled:
     """Settle the units of ``gate`` by the gradient of the ``layer`` below it.
 
-    ``others`` are equations of other layers on the same input; ``usual`` is the relative residual
-    of the layers settled so far.
+    ``others`` are equations of other layers on the same input; ``allowed`` is the relative
+    residual above which there is a mistake.
     """
     mask = gate.mask.clone()
     limit = _spare_channels(layer, others)
@@ -98,11 +100,13 @@ def settle(
         if len(units) == len(gate.doubtful) or bool((mask == before).all()):
             break
     solved = solve_input([layer.equations(mask), *others])
-    if solved.determined and solved.residual > JUMP * usual:
-        repaired = _repaired(mask, layer, others, solved, JUMP * usual, limit)
-        if repaired is not None:
-            mask = repaired
-            solved = solve_input([layer.equations(mask), *others])
+    if solved.determined:
+        bad, x = _misfits(mask, layer, others, solved, allowed, limit)
+        mended = _mended(mask, gate.certain, bad, layer, x)
+        if bool((mended != mask).any()):
+            again = solve_input([layer.equations(mended), *others])
+            if again.determined and again.residual < solved.residual:
+                mask, solved = mended, again
     return Settled(mask, solved, int((mask != gate.mask).sum()))
 
 
@@ -140,51 +144,59 @@ def _decided(mask: Tensor, units: Tensor, layer: GatedLayer, x: Tensor) -> Tenso
     return mask
 
 
-def _repaired(
+def _misfits(
     mask: Tensor,
     layer: GatedLayer,
     others: Sequence[LayerEquations],
     solved: Solution,
     allowed: float,
     limit: int,
-) -> Tensor | None:
-    """Leave out the channels that fit worst until the others fit, and mend their units.
+) -> tuple[Tensor, Tensor]:
+    """Leave out the channels that fit worst until the others agree with each other.
 
-    Returns None where no such set of channels is found.
+    Returns which channels (O,) were left out, at most ``limit``, and the input without them.
     """
     bad = torch.zeros(mask.shape[1], dtype=torch.bool, device=mask.device)
     whole = layer.equations(mask)
-    size = torch.linalg.vector_norm(layer.gradient)
-    x = solved.x
     for _ in range(_ROUNDS):
-        left = torch.linalg.vector_norm(whole.residuals(x).flatten(1), dim=1) / size
-        usual = left[~bad].median()
-        outlying = (left > _OUTLYING * usual) & ~bad
-        if not bool(outlying.any()) or int((bad | outlying).sum()) > limit:  # the worst first
+        left = torch.linalg.vector_norm(whole.residuals(solved.x).flatten(1), dim=1)
+        outlying = (left > _OUTLYING * left[~bad].median()) & ~bad
+        agreed = not bool(outlying.any())
+        if agreed and solved.residual <= allowed:
+            break
+        if agreed or int((bad | outlying).sum()) > limit:  # the worst first
             worst = torch.where(bad, 0.0, left).topk(max(1, limit // 5)).indices
             outlying = torch.zeros_like(bad).index_fill(0, worst, True)
         more = bad | outlying
         if int(more.sum()) > limit:
-            return None
-        bad = more
-        again = solve_input([whole.without(bad), *others])
-        if not again.determined:
-            return None
-        x = again.x
-        if again.residual <= allowed:
-            return _mended(mask, bad, layer, x)
-    return None
+            break
+        again = solve_input([whole.without(more), *others])
+        if not again.determined or (agreed and again.residual > _WORTH * solved.residual):
+            break
+        bad, solved = more, again
+    return bad, solved.x
 
 
-def _mended(mask: Tensor, bad: Tensor, layer: GatedLayer, x: Tensor) -> Tensor:
-    """Read all units of the ``bad`` channels off their gradients, given the layer's input ``x``."""
+def _mended(mask: Tensor, certain: Tensor, bad: Tensor, layer: GatedLayer, x: Tensor) -> Tensor:
+    """Read the units of the ``bad`` channels off their gradients, given the layer's input ``x``.
+
+    Only what the gradient's own noise leaves beyond doubt is changed, and nothing ``certain``.
+    """
     mask = mask.clone()
     patches = layer.window.patches(x).movedim(3, 1).flatten(2)  # (N, P, C·T)
-    if patches.shape[0] * patches.shape[1] > patches.shape[2]:
-        return mask
+    noise = layer.equations(mask & ~bad[:, None]).residuals(x)[~bad].square().mean().sqrt()
     for channel in bad.nonzero().flatten().tolist():
-        columns = (layer.coefficient[:, channel, :, None] * patches).flatten(0, 1)
-        target = layer.gradient[channel].flatten()
-        share = torch.linalg.pinv(columns.mT, rtol=_INDEPENDENT) @ target
-        mask[:, channel] = share.view(mask.shape[0], -1) > 0.5
+        fixed = certain[:, channel]
+        columns = layer.coefficient[:, channel, :, None] * patches
+        target = layer.gradient[channel].flatten() - columns[fixed].sum(0)
+        free = columns[~fixed]
+        if len(free) > len(target) or not len(free):
+            continue
+        left, size, right = torch.linalg.svd(free.mT, full_matrices=False)
+        back = torch.where(size > _INDEPENDENT * size[0], 1.0 / size, 0.0)
+        share = right.mT @ (back * (left.mT @ target))
+        spread = noise * (right.mT * back).norm(dim=1)
+        own = mask[:, channel]
+        own[~fixed] = torch.where(_SIGMAS * spread < 0.5, share > 0.5, own[~fixed])
+        mask[:, channel] = own
     return mask

@@ -51,6 +51,9 @@ class Walking(Protocol):
     def mask(self, operation: Operation) -> Tensor:
         """Return which units (N, …) of a rectifier were open, settled by what lies below."""
 
+    def open(self, operation: Operation) -> Tensor:
+        """Return the same as far as the recovered output tells, without looking below."""
+
 
 class Layer:
     """One kind of operation. A new kind overrides what it can do and is registered by name.

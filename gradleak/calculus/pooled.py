@@ -64,7 +64,7 @@ def pooled_gate(layer: GatedLayer) -> Gate | None:
     doubtful = ((off < 0.5 - _SURE) | (share.abs() > 1.0 + _SURE)).nonzero()
     order = off[doubtful[:, 0], doubtful[:, 1]].argsort()
     units = torch.cat([torch.zeros_like(doubtful[:, :1]), doubtful], 1)[order]
-    return Gate((share > 0.5)[None], off[None], units)
+    return Gate((share > 0.5)[None], torch.zeros_like(share, dtype=torch.bool)[None], units)
 
 
 def _is_same_convolution(window: Window) -> bool:

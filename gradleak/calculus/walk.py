@@ -25,8 +25,9 @@ from gradleak.errors import IncompleteError
 
 # Residual beyond which a map is not taken for recovered at all.
 _LOST = 0.05
-# Roundings of the gradient that a residual is expected to have.
-_ROUNDINGS = 4.0
+# A residual of so many roundings of the gradient tells of no mistake, nor does one of so many times
+# the largest so far.
+_ROUNDINGS, _JUMP = 80.0, 2.0
 
 
 class Widened(Mapping[str, Tensor]):
@@ -130,7 +131,7 @@ class Walk:
         self.gradients = Widened(gradients)
         unit = max(torch.finfo(tensor.dtype).eps for tensor in gradients.values())
         self._unit = unit
-        self._usual = _ROUNDINGS * unit
+        self._usual = _ROUNDINGS / _JUMP * unit
         self._deltas = {steps.logits: delta.double()}
         self._values: dict[int, Estimate] = {}
         self._masks: dict[int, Tensor] = {}
@@ -187,19 +188,28 @@ class Walk:
     def mask(self, operation: Operation) -> Tensor:
         """Return which units (N, …) of a rectifier were open."""
         if operation.output not in self._masks:
-            below = self._gated(operation) if operation.output in self._deltas else None
+            below = self._gated(operation)
             gate = self._read(operation, None if below is None else below[1][1])
             mask = gate.mask
             if below is not None:
                 tensor, (maker, layer), readers = below
                 others = self._equations([r for r in readers if r is not maker])
-                settled = settle(gate, layer, others, self._usual)
+                settled = settle(gate, layer, others, _JUMP * self._usual)
                 mask = settled.mask
                 if settled.solution.determined:
                     equations = [layer.equations(mask), *others]
                     self._keep(tensor, readers, equations, settled.solution, settled.changed)
             self._masks[operation.output] = mask.view(self.shapes[operation.output])
         return self._masks[operation.output]
+
+    def open(self, operation: Operation) -> Tensor:
+        """Return which units (N, …) of a rectifier were open, as far as its output tells."""
+        settled = self._masks.get(operation.output)
+        if settled is not None:
+            return settled
+        value = self.value(operation.output)
+        gate = read_gate(_planes(value.value), _planes(value.std))
+        return gate.mask.view(self.shapes[operation.output])
 
     def _read(self, operation: Operation, below: GatedLayer | None) -> Gate:
         """Read the gate of a rectifier off its output or, under pooling, off the layer below."""
@@ -320,7 +330,7 @@ class Walk:
         shape = self.shapes[tensor]
         estimate = Estimate(solution.x.reshape(shape), solution.std.reshape(shape))
         self._values[tensor] = estimate
-        self._usual = max(self._usual, min(solution.residual, 20.0 * self._usual))
+        self._usual = max(self._usual, solution.residual)
         self.maps.append(
             PeeledMap(
                 names=tuple(r.name for r in readers if self._gradient(r) is not None),

@@ -32,7 +32,7 @@ METHODS = ("auto", "mlp", "peel", "fit", "match")
 # An image whose gradient misses the given one by more is worth a try of matching.
 _FAR = 1e-2
 # Levels of an 8-bit picture, and how far from one a pixel may be to count as being there.
-_LEVELS, _OFF_LEVEL = 255.0, 0.1
+_LEVELS, _OFF_LEVEL = 255.0, 0.3
 # The picture that a fit starts from: so many smooth blots a side, of this mean and spread.
 _START_GRID, _START_GREY, _START_SPREAD = 4, 0.5, 0.15
 

@@ -30,4 +30,4 @@ class Rectifier(Layer):
 
     def compared(self, operation: Operation, walk: Walking) -> tuple[int, Tensor | None]:
         """Compare the input: closed units show that it is not positive, and no more."""
-        return operation.inputs[0], walk.mask(operation)
+        return operation.inputs[0], walk.open(operation)
