@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.calculus.gates import Gate, GatedLayer, read_gate, settle
-from gradleak.calculus.joint import DENSE, ForwardEquations, solve_jointly
+from gradleak.calculus.joint import solve_jointly, too_many
 from gradleak.calculus.layer import Estimate, Layer, Stopped, layer_of
 from gradleak.calculus.pooled import pooled_gate
 from gradleak.calculus.solve import LayerEquations, Solution, solve_input
 from gradleak.calculus.trace import Operation, Trace, trace
+from gradleak.calculus.weighted import ForwardEquations, Taps
 from gradleak.errors import IncompleteError
 
 # Residual beyond which a map is not taken for recovered at all.
@@ -218,7 +219,7 @@ class Walk:
         """Return the value that a reader of ``tensor`` hands down from its own output."""
         for reader in self.trace.users(tensor):
             layer = layer_of(reader.kind)
-            if layer is None or len(reader.inputs) != 1 or self._weighted(reader):
+            if layer is None or len(reader.inputs) != 1 or self._weight(reader) is not None:
                 continue
             try:
                 found = layer.value_below(reader, self.value(reader.output), self)
@@ -228,9 +229,10 @@ class Walk:
                 return found
         return None
 
-    def _weighted(self, operation: Operation) -> bool:
+    def _weight(self, operation: Operation) -> str | None:
+        """Return the name of an operation's weight, None without one."""
         layer = layer_of(operation.kind)
-        return layer is not None and layer.weight(operation) is not None
+        return None if layer is None else layer.weight(operation)
 
     def _equations(self, readers: Sequence[Operation]) -> list[LayerEquations]:
         """Return the equations of those ``readers`` whose δ and gradient are there."""
@@ -245,8 +247,7 @@ class Walk:
 
     def _gradient(self, operation: Operation) -> Tensor | None:
         """Return the gradient (O, C, T) of an operation's weight, None where there is none."""
-        layer = layer_of(operation.kind)
-        name = None if layer is None else layer.weight(operation)
+        name = self._weight(operation)
         if name is None or name not in self.gradients:
             return None
         gradient = self.gradients[name]
@@ -267,7 +268,7 @@ class Walk:
             return self._keep(tensor, readers, equations, solution, 0)
         count = rows * shape[1] + sum(part.count() for part in forward)
         if forward and count >= math.prod(shape):
-            if math.prod(shape) > DENSE:
+            if too_many(forward, shape):
                 raise Stopped(
                     f"{rows} equations for {unknowns} unknowns a channel, and with those of its "
                     f"output {math.prod(shape)} unknowns, too many to be solved for together"
@@ -286,7 +287,7 @@ class Walk:
         """Return what is known of the outputs of those ``readers`` that have weights."""
         found = []
         for reader in readers:
-            if not self._weighted(reader):
+            if self._weight(reader) is None:
                 continue
             try:
                 output = self.value(reader.output)
@@ -299,8 +300,18 @@ class Walk:
             def apply(x: Tensor, reader: Operation = reader) -> Tensor:
                 return reader.run([x], self.state)
 
-            found.append(ForwardEquations(apply, output.value, output.std, known))
+            taps = self._taps(reader)
+            found.append(ForwardEquations(apply, output.value, output.std, known, taps))
         return found
+
+    def _taps(self, reader: Operation) -> Taps | None:
+        """Return the windows and the weight of a reader, None where they are not known."""
+        layer, name = layer_of(reader.kind), self._weight(reader)
+        window = None if layer is None else layer.window(reader, self)
+        if name is None or window is None:
+            return None
+        weight = self.state[name]
+        return Taps(window, weight.reshape(*weight.shape[:2], -1))
 
     def _keep(
         self,
