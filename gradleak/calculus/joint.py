@@ -27,13 +27,14 @@ DENSE, PLACES = 4600, 4096
 _SINGULAR = 1e-15
 _REFINEMENTS, _POWER = 3, 20
 # Draws of the solution's error: of a factor they cost little.
-_DRAWS_DENSE, _DRAWS = 32, 3
+_DRAWS_DENSE, _DRAWS = 32, 2
 # Draws that the errors of the Kronecker product are worth, which are right within a factor of two.
 _PRIOR = 5.0
-# How far conjugate gradients go, and the residuals asked for: of the solution, of the draws of its
-# error, and of an arbitrary right-hand side, which only a determined input has a solution for.
+# Most steps of conjugate gradients, and the residuals asked for: of the solution, in what rounding
+# of the gradients amounts to; of the draws; of an arbitrary right-hand side, which only a
+# determined input has a solution for, in a direction's share of it; of the weakest direction.
 _STEPS = 1500
-_TIGHT, _DRAWN, _ARBITRARY = 1e-4, 1e-4, 1e-6
+_OF_ROUNDING, _DRAWN, _OF_ARBITRARY, _WEAKEST = 1e-3, 1e-4, 0.1, 0.03
 _LEAST = 1e-13
 # Weight given to directions that the Kronecker product does not see.
 _UNSEEN = 1e-6
@@ -126,7 +127,7 @@ class _Factor:
         some = torch.randn(shape, generator=dice, dtype=normal.dtype, device=normal.device)
         drawn = torch.linalg.solve_triangular(self._factor.mT, some, upper=True)
         self.draws = self._inputs(drawn)
-        self.weak = self._inputs(torch.cholesky_solve(drawn, self._factor))
+        self.weak = self._inputs(self._solved(drawn))
 
     def solve(self) -> Tensor | None:
         """Solve, and refine by what is left."""
@@ -135,12 +136,16 @@ class _Factor:
         x = self._equations.zeros()
         for _ in range(_REFINEMENTS):
             pull = self._scale * self._equations.pull(x).flatten()
-            x = x + self._inputs(torch.cholesky_solve(pull[:, None], self._factor))
+            x = x + self._inputs(self._solved(pull[:, None]))
         return x
 
     def variance(self) -> Tensor:
         """Take the mean square of the draws."""
         return self.draws.square().mean(0)
+
+    def _solved(self, columns: Tensor) -> Tensor:
+        half = torch.linalg.solve_triangular(self._factor, columns, upper=False)
+        return torch.linalg.solve_triangular(self._factor.mT, half, upper=True)
 
     def _inputs(self, columns: Tensor) -> Tensor:
         """Return columns (n, K), in units of the diagonal, as a batch of inputs."""
@@ -152,7 +157,6 @@ class _Conjugate:
 
     def __init__(self, equations: Equations, precision: float, dice: torch.Generator) -> None:
         self._equations = equations
-        self._tolerance = max(_TIGHT * precision, _LEAST)
         self._dice = dice
         across, along = equations.traces()
         both = equations.gram + across
@@ -180,30 +184,42 @@ class _Conjugate:
         """Solve for the input, draws of its error and an arbitrary right-hand side together."""
         if self._blind:
             return None
-        start = self._equations.zeros()
-        right = self._down(self._equations.pull(start))
+        right = self._down(self._equations.pull(self._equations.zeros()))
         drawn = self._down(self._equations.noise(_DRAWS, self._dice))
         any_ = torch.randn(
             right.shape, generator=self._dice, dtype=right.dtype, device=right.device
         )
-        goals = [self._tolerance, *[_DRAWN] * _DRAWS, _ARBITRARY]
-        goal = torch.tensor(goals, dtype=right.dtype, device=right.device)
-        found, done = conjugate_gradients(
-            self._operator, torch.cat([right, drawn, any_]), goal, _STEPS
-        )
-        if not bool(done.all()):
+        size = float(torch.linalg.vector_norm(right))
+        rounding = float(torch.linalg.vector_norm(drawn)) / math.sqrt(_DRAWS)
+        tolerance = max(_OF_ROUNDING * rounding / max(size, 1e-300), _LEAST)
+        goals = [tolerance, *[_DRAWN] * _DRAWS, _OF_ARBITRARY / math.sqrt(right.numel())]
+        found, done = self._conjugate(torch.cat([right, drawn, any_]), goals)
+        if not done:
             return None
-        x, others = self._up(found[:1]), self._up(found[1:])
-        self.draws, self.weak = others[:-1], others
+        x, others = self._up(found[:1]), found[1:]
         # The recursion's residual drifts from the true one.
         rest = self._down(self._equations.pull(x))
-        off = float(torch.linalg.vector_norm(rest) / torch.linalg.vector_norm(right))
-        if off > self._tolerance:
-            more, _ = conjugate_gradients(
-                self._operator, rest, goal[:1] / off, _STEPS
-            )
-            x = x + self._up(more)
+        off = float(torch.linalg.vector_norm(rest)) / max(size, 1e-300)
+        if off > tolerance:
+            x = x + self._up(self._conjugate(rest, [tolerance / off])[0])
+        self.draws = self._up(others[:-1])
+        self.weak = self._weakest(others)
         return x
+
+    def _weakest(self, solved: Tensor) -> Tensor:
+        """Return the inputs of ``solved`` coordinates, and of one step of inverse iteration."""
+        inputs = self._up(solved) * self.scale
+        span = torch.linalg.qr(inputs.flatten(1).mT).Q.mT.view_as(inputs) / self.scale
+        seen = span.flatten(1) @ self._equations.normal(span).flatten(1).mT
+        least = torch.linalg.eigh(0.5 * (seen + seen.mT)).eigenvectors[:, :1].mT
+        weakest = (least @ span.flatten(1)).view_as(span[:1]) * self.scale.square()
+        further, _ = self._conjugate(self._down(weakest), [_WEAKEST])
+        return torch.cat([span, self._up(further)])
+
+    def _conjugate(self, right: Tensor, goals: Sequence[float]) -> tuple[Tensor, bool]:
+        goal = torch.tensor(goals, dtype=right.dtype, device=right.device)
+        found, done = conjugate_gradients(self._operator, right, goal, _STEPS)
+        return found, bool(done.all())
 
     def variance(self) -> Tensor:
         """Take the Kronecker product's, made right on the mean, and the draws together."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradleak.calculus.layer import pulled_back
 from gradleak.calculus.solve import LayerEquations
 from gradleak.calculus.window import Window
 
@@ -192,9 +193,7 @@ class _Output:
                 start = y.new_zeros(len(y) * self._input[0], *self._input[1:]).requires_grad_()
                 self._graphs[len(y)] = start, self._given.apply(start)
         start, output = self._graphs[len(y)]
-        (found,) = torch.autograd.grad(
-            output, start, (self._root * y).view_as(output), retain_graph=True
-        )
+        (found,) = pulled_back(output, [start], (self._root * y).view_as(output))
         return found.view(len(y), *self._input[:2], -1)
 
     def add_normal(self, whole: Tensor) -> None:
