@@ -22,20 +22,26 @@ def conjugate_gradients(
     size = _energy(right)
     goal = (size * tolerance.square()).clamp(min=torch.finfo(right.dtype).tiny)
     r, p, energy = right, right, size
+    done = torch.zeros(len(right), dtype=torch.bool, device=right.device)
     for _ in range(most):
-        ahead = energy > goal[going]
-        if not bool(ahead.all()):
-            going, r, p, energy = going[ahead], r[ahead], p[ahead], energy[ahead]
+        reached = energy <= goal[going]
+        if bool(reached.any()):
+            done[going[reached]] = True
+            going, r, p, energy = going[~reached], r[~reached], p[~reached], energy[~reached]
         if not len(going):
             break
         q = operator(p)
-        step = _like(energy / (p * q).flatten(1).sum(1), p)
+        bend = (p * q).flatten(1).sum(1)
+        if not bool((bend > 0.0).all()):  # a direction that N maps to nothing
+            ahead = bend > 0.0
+            going, r, p, q = going[ahead], r[ahead], p[ahead], q[ahead]
+            energy, bend = energy[ahead], bend[ahead]
+        step = _like(energy / bend, p)
         x[going] += step * p
         r = r - step * q
         fresh = _energy(r)
         p, energy = r + _like(fresh / energy, p) * p, fresh
-    done = torch.ones(len(right), dtype=torch.bool, device=right.device)
-    done[going] = energy <= goal[going]
+    done[going[energy <= goal[going]]] = True
     return x, done
 
 

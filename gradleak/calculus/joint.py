@@ -33,8 +33,8 @@ _PRIOR = 5.0
 # Most steps of conjugate gradients, and the residuals asked for: of the solution, in what rounding
 # of the gradients amounts to; of the draws; of an arbitrary right-hand side, which only a
 # determined input has a solution for, in a direction's share of it; of the weakest direction.
-_STEPS = 1500
-_OF_ROUNDING, _DRAWN, _OF_ARBITRARY, _WEAKEST = 1e-3, 1e-4, 0.1, 0.03
+_STEPS = 1000
+_OF_ROUNDING, _DRAWN, _OF_ARBITRARY, _WEAKEST = 2e-3, 1e-3, 0.1, 0.1
 _LEAST = 1e-13
 # Weight given to directions that the Kronecker product does not see.
 _UNSEEN = 1e-6
@@ -111,9 +111,7 @@ def _ways(equations: Equations) -> list[Callable[[Equations, float, torch.Genera
 class _Factor:
     """Cholesky's factor of MᵀM with a unit diagonal."""
 
-    def __init__(
-        self, equations: Equations, precision: float, dice: torch.Generator
-    ) -> None:
+    def __init__(self, equations: Equations, precision: float, dice: torch.Generator) -> None:
         self._equations = equations
         normal = equations.matrix()
         root = normal.diagonal().clamp(min=1e-300).sqrt()
@@ -126,7 +124,7 @@ class _Factor:
         shape = (len(normal), _DRAWS_DENSE)
         some = torch.randn(shape, generator=dice, dtype=normal.dtype, device=normal.device)
         drawn = torch.linalg.solve_triangular(self._factor.mT, some, upper=True)
-        self.draws = self._inputs(drawn)
+        self.draws: Tensor = self._inputs(drawn)
         self.weak = self._inputs(self._solved(drawn))
 
     def solve(self) -> Tensor | None:
@@ -145,7 +143,8 @@ class _Factor:
 
     def _solved(self, columns: Tensor) -> Tensor:
         half = torch.linalg.solve_triangular(self._factor, columns, upper=False)
-        return torch.linalg.solve_triangular(self._factor.mT, half, upper=True)
+        whole: Tensor = torch.linalg.solve_triangular(self._factor.mT, half, upper=True)
+        return whole
 
     def _inputs(self, columns: Tensor) -> Tensor:
         """Return columns (n, K), in units of the diagonal, as a batch of inputs."""
@@ -171,12 +170,13 @@ class _Conjugate:
             torch.linalg.solve_triangular(factor, half.mT, upper=False)
         )
         share = share.clamp(0.0, 1.0)  # of the gradient's equations, in each direction
-        energies, self._mix = torch.linalg.eigh(along)
+        energies, channels = torch.linalg.eigh(along)
+        self._mix: Tensor = channels
         energies = energies.clamp(min=_UNSEEN)[:, None]
-        self._size = (share + (1.0 - share) * energies).sqrt()  # (C, N·places)
-        self._own = share / self._size.square()
+        self._size: Tensor = (share + (1.0 - share) * energies).sqrt()  # (C, N·places)
+        self._own: Tensor = share / self._size.square()
         turned = torch.linalg.solve_triangular(factor.mT, vectors, upper=True)
-        self._turn = scale[:, None] * turned
+        self._turn: Tensor = scale[:, None] * turned
         self.scale = equations.diagonal().clamp(min=1e-300).sqrt()
         self.draws = self.weak = equations.zeros()
 

@@ -130,7 +130,7 @@ class Walk:
         self.state = Widened(state)
         self.gradients = Widened(gradients)
         unit = max(torch.finfo(tensor.dtype).eps for tensor in gradients.values())
-        self._unit = unit
+        self._noise = unit  # the relative error of the gradients, as the residuals show it
         self._usual = _ROUNDINGS * unit
         self._deltas = {steps.logits: delta.double()}
         self._values: dict[int, Estimate] = {}
@@ -273,7 +273,7 @@ class Walk:
                     f"{rows} equations for {unknowns} unknowns a channel, and with those of its "
                     f"output {math.prod(shape)} unknowns, too many to be solved for together"
                 )
-            solution = solve_jointly(equations, forward, shape, self._unit)
+            solution = solve_jointly(equations, forward, shape, self._noise)
             if solution.determined:
                 return self._keep(tensor, readers, equations, solution, 0)
         beside = sum(part.count() for part in forward)
@@ -327,6 +327,7 @@ class Walk:
         shape = self.shapes[tensor]
         estimate = Estimate(solution.x.reshape(shape), solution.std.reshape(shape))
         self._values[tensor] = estimate
+        self._noise = max(self._noise, solution.residual)
         self._usual = max(self._usual, min(solution.residual, 20.0 * self._usual))
         self.maps.append(
             PeeledMap(

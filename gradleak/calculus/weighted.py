@@ -218,9 +218,9 @@ class _Output:
 
     def _push_identity(self, whole: Tensor) -> None:
         samples, channels = self._input[:2]
-        eye = torch.eye(
-            channels * whole.shape[2], dtype=whole.dtype, device=whole.device
-        ).view(-1, 1, channels, whole.shape[2])
+        eye = torch.eye(channels * whole.shape[2], dtype=whole.dtype, device=whole.device).view(
+            -1, 1, channels, whole.shape[2]
+        )
         for first in range(0, len(eye), _CHUNK):
             part = eye[first : first + _CHUNK].expand(-1, samples, -1, -1)
             rows = self.back(self.forward(part))  # (k, N, C, places)
