@@ -180,7 +180,7 @@ class _Output:
     def forward(self, x: Tensor) -> Tensor:
         """Return M x."""
         output = self._given.apply(x.reshape(-1, *self._input[1:])) - self._offset
-        return self._root * output.view(len(x), *self.shape)
+        return self._root * output.reshape(len(x), *self.shape)
 
     def rest(self, x: Tensor) -> Tensor:
         """Return t − M x."""
@@ -193,8 +193,8 @@ class _Output:
                 start = y.new_zeros(len(y) * self._input[0], *self._input[1:]).requires_grad_()
                 self._graphs[len(y)] = start, self._given.apply(start)
         start, output = self._graphs[len(y)]
-        (found,) = pulled_back(output, [start], (self._root * y).view_as(output))
-        return found.view(len(y), *self._input[:2], -1)
+        (found,) = pulled_back(output, [start], (self._root * y).reshape(output.shape))
+        return found.reshape(len(y), *self._input[:2], -1)
 
     def add_normal(self, whole: Tensor) -> None:
         """Add MᵀM to ``whole`` (N, C, places, N, C, places)."""
