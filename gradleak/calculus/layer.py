@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -112,9 +112,19 @@ def transposed(operation: Operation, delta: Tensor, walk: Walking) -> Mapping[in
             ).requires_grad_()
             for number in operation.inputs
         ]
-        output = operation.run(inputs, walk.state)
-        found = torch.autograd.grad(output, inputs, delta)
+        found = pulled_back(operation.run(inputs, walk.state), inputs, delta)
     return dict(zip(operation.inputs, found, strict=True))
+
+
+def pulled_back(output: Tensor, inputs: Sequence[Tensor], delta: Tensor) -> tuple[Tensor, ...]:
+    """Return Σ delta · ∂output/∂input for each of ``inputs``; the graph of ``output`` stays.
+
+    It is the gradient of a number, since for that of a tensor torch imports its symbolic shapes,
+    which takes longer than some networks.
+    """
+    with torch.enable_grad():
+        number = (output * delta).sum()
+    return torch.autograd.grad(number, inputs, retain_graph=True)
 
 
 Kind = TypeVar("Kind", bound=Layer)

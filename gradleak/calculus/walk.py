@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.calculus.gates import Gate, GatedLayer, read_gate, settle
-from gradleak.calculus.joint import DENSE, ForwardEquations, solve_jointly
+from gradleak.calculus.joint import solve_jointly, too_many
 from gradleak.calculus.layer import Estimate, Layer, Stopped, layer_of
 from gradleak.calculus.pooled import pooled_gate
 from gradleak.calculus.solve import LayerEquations, Solution, solve_input
 from gradleak.calculus.trace import Operation, Trace, trace
+from gradleak.calculus.weighted import ForwardEquations, Taps
 from gradleak.errors import IncompleteError
 
 # Residual beyond which a map is not taken for recovered at all.
@@ -82,13 +83,18 @@ def walk_down(
     gradients: Mapping[str, Tensor],
     labels: Tensor,
     feature: Tensor,
+    *,
+    thorough: bool = True,
 ) -> Walk:
     """Walk from the logits towards the images behind a gradient of the mean cross-entropy.
 
     ``example`` (N, C, H, W) has the shape of the network's input; ``labels`` (N, classes) and the
-    head's input ``feature`` (N, D) are what the earlier stages recovered.
+    head's input ``feature`` (N, D) are what the earlier stages recovered. Unless it is ``thorough``
+    the walk stops at maps whose equations take tens of seconds to solve.
     """
-    return walk_from(trace(model, example), model.state_dict(), gradients, labels, feature)
+    steps = trace(model, example)
+    state = model.state_dict()
+    return walk_from(steps, state, gradients, labels, feature, thorough=thorough)
 
 
 def walk_from(
@@ -97,6 +103,8 @@ def walk_from(
     gradients: Mapping[str, Tensor],
     labels: Tensor,
     feature: Tensor,
+    *,
+    thorough: bool = True,
 ) -> Walk:
     """Walk as :func:`walk_down` does, given the trace and the ``state`` instead of a network."""
     head = steps.producer(steps.logits)
@@ -104,7 +112,7 @@ def walk_from(
         raise IncompleteError("the network does not end in a Linear layer", "give a classifier")
     logits = head.run([feature.double()], Widened(state))
     delta = (torch.softmax(logits, 1) - labels.double()) / len(labels)
-    walk = Walk(steps, state, gradients, delta, feature)
+    walk = Walk(steps, state, gradients, delta, feature, thorough=thorough)
     walk.run()
     return walk
 
@@ -119,6 +127,8 @@ class Walk:
         gradients: Mapping[str, Tensor],
         delta: Tensor,
         feature: Tensor,
+        *,
+        thorough: bool = True,
     ) -> None:
         """Begin at the logits of ``steps``.
 
@@ -130,8 +140,9 @@ class Walk:
         self.state = Widened(state)
         self.gradients = Widened(gradients)
         unit = max(torch.finfo(tensor.dtype).eps for tensor in gradients.values())
-        self._unit = unit
-        self._usual = _ROUNDINGS / _JUMP * unit
+        self._thorough = thorough
+        self._noise = unit  # the relative error of the gradients, as the residuals show it
+        self._rounding = _ROUNDINGS * unit
         self._deltas = {steps.logits: delta.double()}
         self._values: dict[int, Estimate] = {}
         self._masks: dict[int, Tensor] = {}
@@ -194,7 +205,7 @@ class Walk:
             if below is not None:
                 tensor, (maker, layer), readers = below
                 others = self._equations([r for r in readers if r is not maker])
-                settled = settle(gate, layer, others, _JUMP * self._usual)
+                settled = settle(gate, layer, others, max(self._rounding, _JUMP * self._noise))
                 mask = settled.mask
                 if settled.solution.determined:
                     equations = [layer.equations(mask), *others]
@@ -232,7 +243,7 @@ class Walk:
         """Return the value that a reader of ``tensor`` hands down from its own output."""
         for reader in self.trace.users(tensor):
             layer = layer_of(reader.kind)
-            if layer is None or len(reader.inputs) != 1 or self._weighted(reader):
+            if layer is None or len(reader.inputs) != 1 or self._weight(reader) is not None:
                 continue
             try:
                 found = layer.value_below(reader, self.value(reader.output), self)
@@ -242,9 +253,10 @@ class Walk:
                 return found
         return None
 
-    def _weighted(self, operation: Operation) -> bool:
+    def _weight(self, operation: Operation) -> str | None:
+        """Return the name of an operation's weight, None without one."""
         layer = layer_of(operation.kind)
-        return layer is not None and layer.weight(operation) is not None
+        return None if layer is None else layer.weight(operation)
 
     def _equations(self, readers: Sequence[Operation]) -> list[LayerEquations]:
         """Return the equations of those ``readers`` whose δ and gradient are there."""
@@ -259,8 +271,7 @@ class Walk:
 
     def _gradient(self, operation: Operation) -> Tensor | None:
         """Return the gradient (O, C, T) of an operation's weight, None where there is none."""
-        layer = layer_of(operation.kind)
-        name = None if layer is None else layer.weight(operation)
+        name = self._weight(operation)
         if name is None or name not in self.gradients:
             return None
         gradient = self.gradients[name]
@@ -281,12 +292,12 @@ class Walk:
             return self._keep(tensor, readers, equations, solution, 0)
         count = rows * shape[1] + sum(part.count() for part in forward)
         if forward and count >= math.prod(shape):
-            if math.prod(shape) > DENSE:
+            if too_many(forward, shape, thorough=self._thorough):
                 raise Stopped(
                     f"{rows} equations for {unknowns} unknowns a channel, and with those of its "
                     f"output {math.prod(shape)} unknowns, too many to be solved for together"
                 )
-            solution = solve_jointly(equations, forward, shape, self._unit)
+            solution = solve_jointly(equations, forward, shape, self._noise)
             if solution.determined:
                 return self._keep(tensor, readers, equations, solution, 0)
         beside = sum(part.count() for part in forward)
@@ -300,7 +311,7 @@ class Walk:
         """Return what is known of the outputs of those ``readers`` that have weights."""
         found = []
         for reader in readers:
-            if not self._weighted(reader):
+            if self._weight(reader) is None:
                 continue
             try:
                 output = self.value(reader.output)
@@ -313,8 +324,18 @@ class Walk:
             def apply(x: Tensor, reader: Operation = reader) -> Tensor:
                 return reader.run([x], self.state)
 
-            found.append(ForwardEquations(apply, output.value, output.std, known))
+            taps = self._taps(reader)
+            found.append(ForwardEquations(apply, output.value, output.std, known, taps))
         return found
+
+    def _taps(self, reader: Operation) -> Taps | None:
+        """Return the windows and the weight of a reader, None where they are not known."""
+        layer, name = layer_of(reader.kind), self._weight(reader)
+        window = None if layer is None else layer.window(reader, self)
+        if name is None or window is None:
+            return None
+        weight = self.state[name]
+        return Taps(window, weight.reshape(*weight.shape[:2], -1))
 
     def _keep(
         self,
@@ -330,7 +351,7 @@ class Walk:
         shape = self.shapes[tensor]
         estimate = Estimate(solution.x.reshape(shape), solution.std.reshape(shape))
         self._values[tensor] = estimate
-        self._usual = max(self._usual, solution.residual)
+        self._noise = max(self._noise, solution.residual)
         self.maps.append(
             PeeledMap(
                 names=tuple(r.name for r in readers if self._gradient(r) is not None),

@@ -216,7 +216,9 @@ def _by_walk(method: str, given: _Given, settings: MatchSettings, seed: int) -> 
         raise IncompleteError("the head's input is not known", "run gradleak recover-feature first")
     samples = len(given.labels)
     example = torch.zeros(samples, *given.shape, device=given.labels.device)
-    walk = walk_down(given.network, example, given.gradients, given.labels, given.feature)
+    walk = walk_down(
+        given.network, example, given.gradients, given.labels, given.feature, thorough=False
+    )
     if walk.image is not None and method != "fit":
         return given.answer("peel", walk.image)
     if method == "peel":
