@@ -130,7 +130,7 @@ class Walk:
         self.gradients = Widened(gradients)
         unit = max(torch.finfo(tensor.dtype).eps for tensor in gradients.values())
         self._unit = unit
-        self._usual = _ROUNDINGS * unit
+        self.usual = _ROUNDINGS * unit
         self._deltas = {steps.logits: delta.double()}
         self._values: dict[int, Estimate] = {}
         self._masks: dict[int, Tensor] = {}
@@ -189,7 +189,7 @@ class Walk:
             if below is not None:
                 tensor, (maker, layer), readers = below
                 others = self._equations([r for r in readers if r is not maker])
-                settled = settle(gate, layer, others, self._usual)
+                settled = settle(gate, layer, others, self.usual)
                 mask = settled.mask
                 if settled.solution.determined:
                     equations = [layer.equations(mask), *others]
@@ -237,13 +237,13 @@ class Walk:
         found = []
         for reader in readers:
             layer, delta = layer_of(reader.kind), self._deltas.get(reader.output)
-            gradient = self._gradient(reader)
+            gradient = self.gradient(reader)
             window = None if layer is None else layer.window(reader, self)
             if delta is not None and gradient is not None and window is not None:
                 found.append(LayerEquations(window, _planes(delta), gradient))
         return found
 
-    def _gradient(self, operation: Operation) -> Tensor | None:
+    def gradient(self, operation: Operation) -> Tensor | None:
         """Return the gradient (O, C, T) of an operation's weight, None where there is none."""
         layer = layer_of(operation.kind)
         name = None if layer is None else layer.weight(operation)
@@ -316,10 +316,10 @@ class Walk:
         shape = self.shapes[tensor]
         estimate = Estimate(solution.x.reshape(shape), solution.std.reshape(shape))
         self._values[tensor] = estimate
-        self._usual = max(self._usual, min(solution.residual, 20.0 * self._usual))
+        self.usual = max(self.usual, min(solution.residual, 20.0 * self.usual))
         self.maps.append(
             PeeledMap(
-                names=tuple(r.name for r in readers if self._gradient(r) is not None),
+                names=tuple(r.name for r in readers if self.gradient(r) is not None),
                 estimate=estimate,
                 equations=sum(e.delta.shape[1] * e.window.taps for e in equations),
                 unknowns=solution.x.shape[0] * solution.x.shape[2],
@@ -329,6 +329,26 @@ class Walk:
             )
         )
         return estimate
+
+    def take(
+        self,
+        operation: Operation,
+        estimate: Estimate,
+        *,
+        residual: float,
+        condition: float,
+        masks: Mapping[int, Tensor],
+    ) -> None:
+        """Take down the input of an ``operation`` that another recovered, and ``masks`` between."""
+        tensor, gradient = operation.inputs[0], self.gradient(operation)
+        self._values[tensor] = estimate
+        self._masks.update(masks)
+        shape = self.shapes[tensor]
+        rows = 0 if gradient is None else gradient[:, 0].numel()
+        unknowns = math.prod(shape) // shape[1]
+        self.maps.append(
+            PeeledMap((operation.name,), estimate, rows, unknowns, condition, residual, 0)
+        )
 
     def _gated(
         self, operation: Operation
@@ -346,7 +366,7 @@ class Walk:
             if maker is None or len(self.trace.users(tensor)) > 1:
                 continue
             layer = layer_of(maker.kind)
-            gradient = self._gradient(maker)
+            gradient = self.gradient(maker)
             if layer is not None and gradient is not None:
                 window = layer.window(maker, self)
                 if window is not None:

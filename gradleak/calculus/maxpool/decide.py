@@ -26,7 +26,7 @@ _ROUNDS, _GAIN = 10, 0.7
 _OUTLYING, _HEATS, _NEAR = 64.0, (1e8, 1e4, 1e2, 1.0), 1e-3
 # What fits within that many times the usual residual is taken for right.
 JUMP = 20.0
-_STEPS, _TOLERANCE = 40, 1e-13
+_STEPS, _TOLERANCE = 60, 1e-11
 _SAMPLED = 10000
 
 
@@ -44,7 +44,7 @@ class Decision:
     misfit: Tensor
     residual: float
     beside: float
-    factors: list[Tensor] | None
+    factors: Tensor | None
 
     def fits(self, usual: float) -> bool:
         """Whether gradient and values are met as usual: ``usual`` is a relative residual."""
@@ -59,7 +59,8 @@ def decide(
     ``usual`` is the relative residual that the data's noise leaves.
     """
     delta = stem.joined(stem.delta)
-    last, factors = math.inf, None
+    last = math.inf
+    factors: Tensor | None = None
     found: Decision | None = None
     for _ in range(_ROUNDS):
         patches = stem.patches(x)
@@ -92,7 +93,7 @@ def decide(
         last = median
         equations = _trusting(stem, candidates, now, usual)
         factors = equations.factors()
-        x = equations.solved(x, factors, _STEPS if stem.samples > 1 else 3, _TOLERANCE)
+        x = equations.solved(x, factors, _STEPS, _TOLERANCE)
     return found
 
 
@@ -110,7 +111,7 @@ def _judged(
     x: Tensor,
     patches: Tensor,
     choices: Tensor,
-    factors: list[Tensor] | None,
+    factors: Tensor | None,
 ) -> Decision:
     """See how ``choices`` fit at an input ``x`` with its ``patches``."""
     delta = candidates.scatter(choices * stem.joined(stem.delta)[:, :, None])

@@ -1,7 +1,7 @@
 """The linear equations that chosen entries leave for the input, solved by conjugate gradients.
 
 Weighted least squares of three kinds of equations: entries of the convolution's output, its
-gradient, and neighbouring places being alike. The normal matrix of one sample is cheap to make: the
+gradient, and neighbouring places being alike. Blocks of the normal matrix are cheap to make: the
 gradient's part is a sum over taps of one P×P matrix with its rows and columns moved, since all taps
 of all output channels share Δᵀ Δ.
 """
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from gradleak.calculus.maxpool.stem import PooledConvolution
 
-# Unknowns of one sample up to which the preconditioner has all of its channels in one matrix.
+# Unknowns up to which a block of the normal matrix is made and factorised.
 DENSE = 4600
 # Keeps the factor of a nearly singular normal matrix real, relative to its diagonal.
 _RIDGE = 1e-13
@@ -58,61 +58,71 @@ class Equations:
         """Return ``x`` after at most ``steps`` of conjugate gradients: rough directions first."""
         return _descend(self.normal, self.right(), x, lambda rest: rest, steps, tolerance)
 
-    def factors(self) -> list[Tensor]:
-        """Return Cholesky factors of the normal matrix, blocks of each sample as ``_blocks``.
+    def factors(self) -> Tensor | None:
+        """Return Cholesky factors (N, B, n, n) of the blocks of the normal matrix.
 
-        The samples' equations are tied by the gradient alone.
+        A block is one sample, B = 1, or one channel of one where that is too large, B = C. None
+        where channels are too large as well.
         """
+        stem = self.stem
+        if stem.convolution.places > DENSE:
+            return None
         inner = (self.delta * self.channel_weight).mT @ self.delta
-        found = []
-        for n in range(self.stem.samples):
-            matrix = self._of_sample(inner, n)
-            matrix.diagonal(dim1=-2, dim2=-1).add_(_RIDGE * float(matrix.diagonal().mean()))
-            found.append(torch.linalg.cholesky_ex(matrix).L)
-        return found
+        factors = []
+        for n in range(stem.samples):
+            blocks = self._blocks(inner, n)
+            diagonal = blocks.diagonal(dim1=-2, dim2=-1)
+            diagonal += _RIDGE * diagonal.mean(-1, keepdim=True)
+            factors.append(torch.linalg.cholesky_ex(blocks).L)
+        return torch.stack(factors)
 
-    def solved(self, x: Tensor, factors: list[Tensor], steps: int, tolerance: float) -> Tensor:
+    def solved(self, x: Tensor, factors: Tensor | None, steps: int, tolerance: float) -> Tensor:
         """Return the solution, from ``x`` by conjugate gradients with ``factors`` before them."""
-        stem, count = self.stem, len(factors)
+        if factors is None:
+            return self.approached(x, steps, tolerance)
+        samples, blocks = factors.shape[:2]
 
         def before(rest: Tensor) -> Tensor:
-            parts = rest.view(stem.channels, count, -1).transpose(0, 1)
-            found = [
-                torch.cholesky_solve(part.reshape(-1, factor.shape[-1], 1)[:, :, 0].mT, factor).mT
-                if factor.shape[-1] == part.shape[-1]
-                else torch.cholesky_solve(part.reshape(-1, 1), factor).view_as(part)
-                for part, factor in zip(parts, factors, strict=True)
-            ]
-            return torch.stack(found).transpose(0, 1).reshape(rest.shape)
+            parts = rest.view(len(rest), samples, -1).transpose(0, 1)
+            if blocks > 1:
+                found = torch.cholesky_solve(parts[..., None], factors)[..., 0]
+            else:  # one by one: together they would be copied
+                found = torch.stack(
+                    [
+                        torch.cholesky_solve(part.reshape(-1, 1), factor[0]).view_as(part)
+                        for part, factor in zip(parts, factors, strict=True)
+                    ]
+                )
+            return found.transpose(0, 1).reshape(rest.shape)
 
         return _descend(self.normal, self.right(), x, before, steps, tolerance)
 
-    def _of_sample(self, inner: Tensor, n: int) -> Tensor:
-        """Return the normal matrix of sample ``n``, or its mean over channels where too large."""
+    def _blocks(self, inner: Tensor, n: int) -> Tensor:
+        """Return the blocks (B, n, n) of sample ``n``; ``inner`` is Δᵀ Δ, weighted."""
         stem = self.stem
-        places, windows = stem.convolution.places, stem.windows
+        places, windows, channels = stem.convolution.places, stem.windows, stem.channels
         here = slice(n * windows, (n + 1) * windows)
-        index = stem.convolution.index.to(inner.device)
+        index, weight = stem.convolution.index.to(inner.device), self.entry_weight[:, here]
         own = inner[here, here]
         shared = inner.new_zeros(places + 1, places + 1)
-        for taken in index:
+        for taken in index:  # a tap reads no place twice, but for the padding
             shared[taken[:, None], taken] += own
-        shared = shared[:-1, :-1]
-        weight, channels = self.entry_weight[:, here], stem.channels
         if channels * places > DENSE:
-            square = stem.weight.square().view(len(weight), channels, -1).mean(1)  # (O, T)
-            diagonal = inner.new_zeros(places + 1)
-            diagonal.index_add_(0, index.flatten(), (square.mT @ weight).flatten())
-            return shared + torch.diag(diagonal[:-1])
-        whole = inner.new_zeros(channels * (places + 1), channels * (places + 1))
+            blocks = shared.repeat(channels, 1, 1)
+            taps = stem.weight.view(stem.outputs, channels, -1).permute(1, 2, 0)  # (C, T, O)
+            for p, taken in enumerate(index.mT):
+                blocks[:, taken[:, None], taken] += (taps * weight[:, p]) @ taps.mT
+            return blocks[:, :-1, :-1].clone()
+        size = channels * (places + 1)
+        whole = inner.new_zeros(size, size)
         first = torch.arange(channels, device=inner.device)[:, None] * (places + 1)
-        for p in range(windows):
-            taken = (first + index[:, p]).flatten()
+        for p, read in enumerate(index.mT):
+            taken = (first + read).flatten()
             whole[taken[:, None], taken] += (stem.weight.mT * weight[:, p]) @ stem.weight
-        blocks = whole.view(channels, places + 1, channels, places + 1)[:, :-1, :, :-1].clone()
+        whole = whole.view(channels, places + 1, channels, places + 1)
         for c in range(channels):
-            blocks[c, :, c] += shared
-        return blocks.view(channels * places, -1)
+            whole[c, :, c] += shared
+        return whole[:, :-1, :, :-1].reshape(1, channels * places, -1)
 
 
 def _roughness(stem: PooledConvolution, x: Tensor) -> Tensor:
@@ -136,9 +146,9 @@ def _descend(
     rest = right - normal(x)
     ahead = before(rest)
     way = ahead.clone()
-    size, enough = (rest * ahead).sum(), tolerance**2 * right.square().sum()
+    size, enough = (rest * ahead).sum(), tolerance**2 * (right * before(right)).sum()
     for _ in range(steps):
-        if float(rest.square().sum()) <= float(enough):
+        if not float(size) > float(enough):
             break
         pull = normal(way)
         length = size / (way * pull).sum()
