@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from gradleak.calculus.trace import Operation
+from gradleak.calculus.trace import Operation, Trace
 from gradleak.calculus.window import Window
 
 
@@ -44,6 +44,31 @@ class Walking(Protocol):
     @property
     def shapes(self) -> Mapping[int, tuple[int, ...]]:
         """Shapes of the tensors of the forward pass, by number."""
+
+    @property
+    def trace(self) -> Trace:
+        """The operations that the walk goes along."""
+
+    @property
+    def usual(self) -> float:
+        """The relative residual that the layers solved so far have left."""
+
+    def gradient(self, operation: Operation) -> Tensor | None:
+        """Return the gradient (O, C, T taps) of an operation's weight, None where there is none."""
+
+    def take(
+        self,
+        operation: Operation,
+        estimate: Estimate,
+        *,
+        residual: float,
+        condition: float,
+        masks: Mapping[int, Tensor],
+    ) -> None:
+        """Take down the input of an ``operation`` that another recovered.
+
+        ``masks`` are those of rectifiers in between, by their outputs.
+        """
 
     def value(self, tensor: int) -> Estimate:
         """Return what is recovered of a tensor; raises :class:`Stopped` where nothing is."""

@@ -29,6 +29,8 @@ _LOST = 0.05
 # A residual of so many roundings of the gradient tells of no mistake, nor does one of so many times
 # the largest so far.
 _ROUNDINGS, _JUMP = 80.0, 2.0
+# Roundings of the gradient that every residual may have.
+_USUAL = 4.0
 
 
 class Widened(Mapping[str, Tensor]):
@@ -141,8 +143,8 @@ class Walk:
         self.gradients = Widened(gradients)
         unit = max(torch.finfo(tensor.dtype).eps for tensor in gradients.values())
         self._thorough = thorough
+        self._unit = unit
         self._noise = unit  # the relative error of the gradients, as the residuals show it
-        self._rounding = _ROUNDINGS * unit
         self._deltas = {steps.logits: delta.double()}
         self._values: dict[int, Estimate] = {}
         self._masks: dict[int, Tensor] = {}
@@ -181,6 +183,11 @@ class Walk:
         """The network's input (N, C, H, W), None where it was not reached."""
         return self._values[0].value if 0 in self._values else None
 
+    @property
+    def usual(self) -> float:
+        """The relative residual that the gradient's own noise leaves."""
+        return max(_USUAL * self._unit, self._noise)
+
     def delta(self, tensor: int) -> Tensor | None:
         """Return ∂loss/∂tensor, None where it was not reached."""
         return self._deltas.get(tensor)
@@ -205,7 +212,8 @@ class Walk:
             if below is not None:
                 tensor, (maker, layer), readers = below
                 others = self._equations([r for r in readers if r is not maker])
-                settled = settle(gate, layer, others, max(self._rounding, _JUMP * self._noise))
+                allowed = max(_ROUNDINGS * self._unit, _JUMP * self._noise)
+                settled = settle(gate, layer, others, allowed)
                 mask = settled.mask
                 if settled.solution.determined:
                     equations = [layer.equations(mask), *others]
@@ -263,13 +271,13 @@ class Walk:
         found = []
         for reader in readers:
             layer, delta = layer_of(reader.kind), self._deltas.get(reader.output)
-            gradient = self._gradient(reader)
+            gradient = self.gradient(reader)
             window = None if layer is None else layer.window(reader, self)
             if delta is not None and gradient is not None and window is not None:
                 found.append(LayerEquations(window, _planes(delta), gradient))
         return found
 
-    def _gradient(self, operation: Operation) -> Tensor | None:
+    def gradient(self, operation: Operation) -> Tensor | None:
         """Return the gradient (O, C, T) of an operation's weight, None where there is none."""
         name = self._weight(operation)
         if name is None or name not in self.gradients:
@@ -354,7 +362,7 @@ class Walk:
         self._noise = max(self._noise, solution.residual)
         self.maps.append(
             PeeledMap(
-                names=tuple(r.name for r in readers if self._gradient(r) is not None),
+                names=tuple(r.name for r in readers if self.gradient(r) is not None),
                 estimate=estimate,
                 equations=sum(e.delta.shape[1] * e.window.taps for e in equations),
                 unknowns=solution.x.shape[0] * solution.x.shape[2],
@@ -364,6 +372,26 @@ class Walk:
             )
         )
         return estimate
+
+    def take(
+        self,
+        operation: Operation,
+        estimate: Estimate,
+        *,
+        residual: float,
+        condition: float,
+        masks: Mapping[int, Tensor],
+    ) -> None:
+        """Take down the input of an ``operation`` that another recovered, and ``masks`` between."""
+        tensor, gradient = operation.inputs[0], self.gradient(operation)
+        self._values[tensor] = estimate
+        self._masks.update(masks)
+        shape = self.shapes[tensor]
+        rows = 0 if gradient is None else gradient[:, 0].numel()
+        unknowns = math.prod(shape) // shape[1]
+        self.maps.append(
+            PeeledMap((operation.name,), estimate, rows, unknowns, condition, residual, 0)
+        )
 
     def _gated(
         self, operation: Operation
@@ -381,7 +409,7 @@ class Walk:
             if maker is None or len(self.trace.users(tensor)) > 1:
                 continue
             layer = layer_of(maker.kind)
-            gradient = self._gradient(maker)
+            gradient = self.gradient(maker)
             if layer is not None and gradient is not None:
                 window = layer.window(maker, self)
                 if window is not None:

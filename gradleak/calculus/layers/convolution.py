@@ -17,15 +17,15 @@ class Convolution(Affine):
         if weight is None or len(shape) != 4 or operation.argument(6, "groups", 1) != 1:
             return None
         height, width = walk.state[weight].shape[2:]
-        stride = _pair(operation.argument(3, "stride", 1))
-        dilation = _pair(operation.argument(5, "dilation", 1))
+        stride = pair(operation.argument(3, "stride", 1))
+        dilation = pair(operation.argument(5, "dilation", 1))
         padding = operation.argument(4, "padding", 0)
         if padding == "same":
             across = dilation[0] * (height - 1), dilation[1] * (width - 1)
             if across[0] % 2 or across[1] % 2:
                 return None
             padding = across[0] // 2, across[1] // 2
-        pads = _pair(0 if padding == "valid" else padding)
+        pads = pair(0 if padding == "valid" else padding)
         size, kernel = (shape[2], shape[3]), (height, width)
         return Window.of_convolution(size, kernel, stride, pads, dilation)
 
@@ -35,7 +35,8 @@ class Convolution(Affine):
         return weight.name if isinstance(weight, Parameter) else None
 
 
-def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+def pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    """Return an argument that is one number for both directions, or one for each, as two."""
     if isinstance(value, int):
         return value, value
     return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])

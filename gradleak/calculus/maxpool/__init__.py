@@ -1,0 +1,1 @@
+"""The input of a convolution under max-pooling, from the pooled map and the gradient (§6e)."""

@@ -1,0 +1,99 @@
+"""From a pooled map and a gradient to the input: anneal, decide, and try again (§6e)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradleak.calculus.maxpool.anneal import anneal
+from gradleak.calculus.maxpool.candidates import find_candidates
+from gradleak.calculus.maxpool.decide import Decision, decide
+from gradleak.calculus.maxpool.stem import PooledConvolution
+
+# A gradient missed by more is too far from a decision for one to be tried; after one that did not
+# settle, the next is tried when the miss has shrunk by that factor.
+_FAR, _NEARER = 0.05, 0.7
+# An attempt whose best miss has not shrunk by a tenth in so many rounds is given up.
+_PATIENCE, _PROGRESS = 12, 0.9
+
+
+@dataclass(frozen=True)
+class PooledInput:
+    """The input ``x`` (N, C, H, W) of a convolution under a pool, with errors ``std``.
+
+    ``delta`` (N, O, P) is δ at the convolution's output. ``residual`` and ``beside`` are what is
+    left of the gradient and of the pooled values, relative, and ``solved`` says whether both are
+    what the noise leaves; if not, the input is the best one met. ``condition`` is a lower bound of
+    the condition number of the equations, each weighing as its error.
+    """
+
+    x: Tensor
+    std: Tensor
+    delta: Tensor
+    residual: float
+    beside: float
+    condition: float
+    solved: bool
+
+
+def recover_input(
+    stem: PooledConvolution, usual: float, *, rounds: int = 40, attempts: int = 2, seed: int = 0
+) -> PooledInput:
+    """Recover the input of ``stem`` where ``usual`` is the relative residual due to noise.
+
+    Each of ``attempts`` is one annealing of at most ``rounds`` rounds with dice of its own; what
+    counts is that the gradient and the pooled values fit.
+    """
+    candidates = find_candidates(stem)
+    best, missed = stem.zeros(), math.inf
+    for attempt in range(attempts):
+        dice = torch.Generator().manual_seed(seed + attempt)
+        worth, least, since = _FAR, math.inf, 0
+        for approach in anneal(stem, candidates, rounds, dice):
+            if approach.misfit < missed:
+                best, missed = approach.x, approach.misfit
+            since += 1
+            if approach.misfit < _PROGRESS * least:
+                least, since = approach.misfit, 0
+            elif since > _PATIENCE:
+                break
+            if not approach.warm or approach.misfit > worth:
+                continue
+            worth = _NEARER * approach.misfit
+            found = decide(stem, candidates, approach.x, usual)
+            if found is not None:
+                delta = candidates.scatter(found.choices * stem.joined(stem.delta)[:, :, None])
+                return PooledInput(
+                    x=stem.maps(found.x),
+                    std=stem.maps(_errors(stem, found)),
+                    delta=delta.view(len(delta), stem.samples, -1).transpose(0, 1),
+                    residual=found.residual,
+                    beside=found.beside,
+                    condition=_condition(found.factors),
+                    solved=True,
+                )
+    nothing = torch.zeros_like(stem.delta[:, :, :1]).expand(-1, -1, stem.windows)
+    x, lost = stem.maps(best), math.inf
+    return PooledInput(x, torch.full_like(x, lost), nothing, missed, lost, lost, False)
+
+
+def _errors(stem: PooledConvolution, found: Decision) -> Tensor:
+    """Return the standard deviations (C, N·places): those of a block with the others known.
+
+    The weights of the last equations are the inverse squares of their errors.
+    """
+    if found.factors is None:
+        return torch.full_like(found.x, math.inf)
+    spread = torch.cholesky_inverse(found.factors).diagonal(dim1=-2, dim2=-1).sqrt()
+    return spread.reshape(stem.samples, stem.channels, -1).transpose(0, 1).reshape(found.x.shape)
+
+
+def _condition(factors: Tensor | None) -> float:
+    """Return the largest ratio of two pivots of one block."""
+    if factors is None:
+        return math.inf
+    pivots = factors.diagonal(dim1=-2, dim2=-1)
+    return float((pivots.amax(-1) / pivots.amin(-1)).amax())
