@@ -103,9 +103,7 @@ class _Point:
     def __init__(self, residuals: Residuals, x: Tensor) -> None:
         with torch.enable_grad():
             self._x = x.detach().clone().requires_grad_()
-            out = residuals(self._x)
-            # What the image does not move, such as the gradient of a last bias, has no slope.
-            self._out = [part for part in out if part.requires_grad]
+            self._out = residuals(self._x)
             self._weights = [torch.zeros_like(part).requires_grad_() for part in self._out]
             (self._back,) = torch.autograd.grad(
                 self._out, self._x, self._weights, create_graph=True
@@ -120,7 +118,10 @@ class _Point:
 
     def push(self, v: Tensor) -> tuple[Tensor, ...]:
         """Return Jv."""
-        return torch.autograd.grad(self._back, self._weights, v, retain_graph=True)
+        # What the image does not move, such as the gradient of a last bias, has no slope.
+        return torch.autograd.grad(
+            self._back, self._weights, v, retain_graph=True, materialize_grads=True
+        )
 
     def pull(self, parts: Sequence[Tensor]) -> Tensor:
         """Return Jᵀ of ``parts``."""
