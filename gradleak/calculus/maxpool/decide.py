@@ -26,7 +26,7 @@ _ROUNDS, _GAIN = 10, 0.7
 _OUTLYING, _HEATS, _NEAR = 64.0, (1e8, 1e4, 1e2, 1.0), 1e-3
 # What fits within that many times the usual residual is taken for right.
 JUMP = 20.0
-_STEPS, _TOLERANCE = 60, 1e-11
+_STEPS = 60
 _SAMPLED = 10000
 
 
@@ -93,7 +93,7 @@ def decide(
         last = median
         equations = _trusting(stem, candidates, now, usual)
         factors = equations.factors()
-        x = equations.solved(x, factors, _STEPS, _TOLERANCE)
+        x = equations.solved(x, factors, _STEPS)
     return found
 
 
