@@ -15,7 +15,7 @@ from gradleak.calculus.maxpool.stem import PooledConvolution
 
 # A gradient missed by more is too far from a decision for one to be tried; after one that did not
 # settle, the next is tried when the miss has shrunk by that factor.
-_FAR, _NEARER = 0.05, 0.7
+_FAR, _NEARER = 0.03, 0.5
 # An attempt whose best miss has not shrunk by a tenth in so many rounds is given up.
 _PATIENCE, _PROGRESS = 12, 0.9
 
