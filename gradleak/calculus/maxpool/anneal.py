@@ -29,6 +29,8 @@ _FEW, _MORE, _TOLERANCE = 60, 120, 1e-11
 # error of an entry and of a choice.
 _BOUND, _SMOOTH, _ENTRY, _CHOICE = 0.7, 4.0, 0.5, 0.2
 _LEAST = 1e-14
+# Open windows that there have to be for their spread to mean something.
+_FEWEST = 2
 _SAMPLED = 10000
 
 
@@ -54,11 +56,16 @@ class _Fit:
 def anneal(
     stem: PooledConvolution, candidates: Candidates, rounds: int, dice: torch.Generator
 ) -> Iterator[Approach]:
-    """Yield the input after each of ``rounds`` rounds; ``dice`` orders the windows."""
+    """Yield the input after each of ``rounds`` rounds; ``dice`` orders the windows.
+
+    Without open windows there is nothing to begin with, and none is yielded.
+    """
     delta = stem.joined(stem.delta)
     x = stem.zeros()
-    width = float(candidates.value[candidates.sure].std())
-    typical = float(candidates.value[candidates.sure].square().mean().sqrt())
+    taken = candidates.value[candidates.sure]
+    if len(taken) < _FEWEST:
+        return
+    width, typical = float(taken.std()), float(taken.square().mean().sqrt())
     choices = candidates.normalised(candidates.prior)
     for number in range(rounds):
         patches = stem.patches(x)

@@ -26,7 +26,7 @@ _ROUNDS, _GAIN = 10, 0.7
 _OUTLYING, _HEATS, _NEAR = 64.0, (1e8, 1e4, 1e2, 1.0), 1e-3
 # What fits within that many times the usual residual is taken for right.
 JUMP = 20.0
-_STEPS, _TOLERANCE = 60, 1e-11
+_STEPS, _ROUGHLY = 60, 150
 _SAMPLED = 10000
 
 
@@ -92,8 +92,11 @@ def decide(
         found = now if done else None
         last = median
         equations = _trusting(stem, candidates, now, usual)
-        factors = equations.factors()
-        x = equations.solved(x, factors, _STEPS, _TOLERANCE)
+        if near:
+            factors = equations.factors()
+            x = equations.solved(x, factors, _STEPS)
+        else:  # what is wrong still is worth no more
+            x = equations.approached(x, _ROUGHLY, 1e-11)
     return found
 
 
@@ -102,7 +105,7 @@ def _width(candidates: Candidates, apart: Tensor) -> float:
     nearest = torch.where(candidates.allowed, apart, math.inf).amin(2)[candidates.sure]
     nearest = nearest[:: 1 + len(nearest) // _SAMPLED]
     least = 1e-9 * float(candidates.value.abs().amax())
-    return max(float(nearest.quantile(0.7)), least)
+    return max(float(nearest.quantile(0.7)), least) if len(nearest) else least
 
 
 def _judged(

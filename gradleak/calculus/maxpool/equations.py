@@ -21,6 +21,9 @@ from gradleak.calculus.maxpool.stem import PooledConvolution
 DENSE = 4600
 # Keeps the factor of a nearly singular normal matrix real, relative to its diagonal.
 _RIDGE = 1e-13
+# Where conjugate gradients end: squared errors of each unknown in units of its variance, and the
+# relative rest where no such unit is known.
+_ENOUGH, _EXACT = 1e-4, 1e-12
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,9 @@ class Equations:
 
     def approached(self, x: Tensor, steps: int, tolerance: float) -> Tensor:
         """Return ``x`` after at most ``steps`` of conjugate gradients: rough directions first."""
-        return _descend(self.normal, self.right(), x, lambda rest: rest, steps, tolerance)
+        right = self.right()
+        enough = tolerance**2 * float(right.square().sum())
+        return _descend(self.normal, right, x, lambda rest: rest, steps, enough)
 
     def factors(self) -> Tensor | None:
         """Return Cholesky factors (N, B, n, n) of the blocks of the normal matrix.
@@ -76,10 +81,13 @@ class Equations:
             factors.append(torch.linalg.cholesky_ex(blocks).L)
         return torch.stack(factors)
 
-    def solved(self, x: Tensor, factors: Tensor | None, steps: int, tolerance: float) -> Tensor:
-        """Return the solution, from ``x`` by conjugate gradients with ``factors`` before them."""
+    def solved(self, x: Tensor, factors: Tensor | None, steps: int) -> Tensor:
+        """Return the solution, from ``x`` by conjugate gradients with ``factors`` before them.
+
+        Where weights are inverse variances, it is the solution to a hundredth of its errors.
+        """
         if factors is None:
-            return self.approached(x, steps, tolerance)
+            return self.approached(x, steps, _EXACT)
         samples, blocks = factors.shape[:2]
 
         def before(rest: Tensor) -> Tensor:
@@ -95,7 +103,7 @@ class Equations:
                 )
             return found.transpose(0, 1).reshape(rest.shape)
 
-        return _descend(self.normal, self.right(), x, before, steps, tolerance)
+        return _descend(self.normal, self.right(), x, before, steps, _ENOUGH * x.numel())
 
     def _blocks(self, inner: Tensor, n: int) -> Tensor:
         """Return the blocks (B, n, n) of sample ``n``; ``inner`` is Δᵀ Δ, weighted."""
@@ -140,15 +148,18 @@ def _descend(
     x: Tensor,
     before: Callable[[Tensor], Tensor],
     steps: int,
-    tolerance: float,
+    enough: float,
 ) -> Tensor:
-    """Conjugate gradients for ``normal`` x = ``right``, ``before`` being the preconditioner."""
+    """Conjugate gradients for ``normal`` x = ``right``, ``before`` being the preconditioner.
+
+    They end when the rest's square, in the preconditioner's norm, is no more than ``enough``.
+    """
     rest = right - normal(x)
     ahead = before(rest)
     way = ahead.clone()
-    size, enough = (rest * ahead).sum(), tolerance**2 * (right * before(right)).sum()
+    size = (rest * ahead).sum()
     for _ in range(steps):
-        if not float(size) > float(enough):
+        if not float(size) > enough:
             break
         pull = normal(way)
         length = size / (way * pull).sum()

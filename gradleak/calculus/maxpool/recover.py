@@ -15,9 +15,10 @@ from gradleak.calculus.maxpool.stem import PooledConvolution
 
 # A gradient missed by more is too far from a decision for one to be tried; after one that did not
 # settle, the next is tried when the miss has shrunk by that factor.
-_FAR, _NEARER = 0.05, 0.7
-# An attempt whose best miss has not shrunk by a tenth in so many rounds is given up.
-_PATIENCE, _PROGRESS = 12, 0.9
+_FAR, _NEARER = 0.03, 0.5
+# Rounds of an attempt, for each sample and one more. An attempt whose best miss has not shrunk by a
+# tenth in so many rounds is given up.
+_ROUNDS, _PATIENCE, _PROGRESS = 25, 12, 0.9
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,14 @@ class PooledInput:
 
 
 def recover_input(
-    stem: PooledConvolution, usual: float, *, rounds: int = 40, attempts: int = 2, seed: int = 0
+    stem: PooledConvolution, usual: float, *, attempts: int = 2, seed: int = 0
 ) -> PooledInput:
     """Recover the input of ``stem`` where ``usual`` is the relative residual due to noise.
 
-    Each of ``attempts`` is one annealing of at most ``rounds`` rounds with dice of its own; what
-    counts is that the gradient and the pooled values fit.
+    Each of ``attempts`` is one annealing with dice of its own; what counts is that the gradient and
+    the pooled values fit.
     """
+    rounds = _ROUNDS * (1 + stem.samples)
     candidates = find_candidates(stem)
     best, missed = stem.zeros(), math.inf
     for attempt in range(attempts):
