@@ -53,18 +53,20 @@ def fit_image(
     *,
     seconds: float,
     generator: torch.Generator,
+    near: bool = False,
     progress: Progress | None = None,
 ) -> Fitted:
     """Fit the input of the network behind a finished ``walk``, from ``start`` (N, C, H, W).
 
-    ``seconds`` bounds the time. ``progress`` is called with the phase, the step in it and the sum
-    of squares. Raises :class:`IncompleteError` where no map below the logits was recovered.
+    A start that is ``near`` has its large structures right. ``seconds`` bounds the time.
+    ``progress`` is called with the phase, the step in it and the sum of squares. Raises
+    :class:`IncompleteError` where no map below the logits was recovered.
     """
     fit = _Fit(time.monotonic() + seconds, generator, progress)
     rough = RemainingNetwork(walk, dtype=torch.float32)
     size = (start.shape[-2], start.shape[-1])
     x = start.float()
-    for grid in _grids(size):
+    for grid in [] if near else _grids(size):
         x = _resized(x, grid)
         options = replace(_MAPS, seconds=_SHARE * fit.left(), enough=_COARSE_ENOUGH)
         x = fit.descend(

@@ -56,6 +56,13 @@ class Walking(Protocol):
     def gradient(self, operation: Operation) -> Tensor | None:
         """Return the gradient (O, C, T taps) of an operation's weight, None where there is none."""
 
+    @property
+    def patience(self) -> float:
+        """Seconds that a search for one tensor may take."""
+
+    def guess(self, tensor: int, value: Tensor) -> None:
+        """Take down a rough ``value`` of a tensor that was not recovered."""
+
     def take(
         self,
         operation: Operation,

@@ -87,16 +87,18 @@ def walk_down(
     feature: Tensor,
     *,
     thorough: bool = True,
+    patience: float = math.inf,
 ) -> Walk:
     """Walk from the logits towards the images behind a gradient of the mean cross-entropy.
 
     ``example`` (N, C, H, W) has the shape of the network's input; ``labels`` (N, classes) and the
     head's input ``feature`` (N, D) are what the earlier stages recovered. Unless it is ``thorough``
-    the walk stops at maps whose equations take tens of seconds to solve.
+    the walk stops at maps whose equations take tens of seconds to solve, and after ``patience``
+    seconds a search for one map is given up.
     """
     steps = trace(model, example)
     state = model.state_dict()
-    return walk_from(steps, state, gradients, labels, feature, thorough=thorough)
+    return walk_from(steps, state, gradients, labels, feature, thorough=thorough, patience=patience)
 
 
 def walk_from(
@@ -107,6 +109,7 @@ def walk_from(
     feature: Tensor,
     *,
     thorough: bool = True,
+    patience: float = math.inf,
 ) -> Walk:
     """Walk as :func:`walk_down` does, given the trace and the ``state`` instead of a network."""
     head = steps.producer(steps.logits)
@@ -114,7 +117,7 @@ def walk_from(
         raise IncompleteError("the network does not end in a Linear layer", "give a classifier")
     logits = head.run([feature.double()], Widened(state))
     delta = (torch.softmax(logits, 1) - labels.double()) / len(labels)
-    walk = Walk(steps, state, gradients, delta, feature, thorough=thorough)
+    walk = Walk(steps, state, gradients, delta, feature, thorough=thorough, patience=patience)
     walk.run()
     return walk
 
@@ -131,6 +134,7 @@ class Walk:
         feature: Tensor,
         *,
         thorough: bool = True,
+        patience: float = math.inf,
     ) -> None:
         """Begin at the logits of ``steps``.
 
@@ -142,7 +146,8 @@ class Walk:
         self.state = Widened(state)
         self.gradients = Widened(gradients)
         unit = max(torch.finfo(tensor.dtype).eps for tensor in gradients.values())
-        self._thorough = thorough
+        self._thorough, self.patience = thorough, patience
+        self._guesses: dict[int, Tensor] = {}
         self._unit = unit
         self._noise = unit  # the relative error of the gradients, as the residuals show it
         self._deltas = {steps.logits: delta.double()}
@@ -187,6 +192,15 @@ class Walk:
     def usual(self) -> float:
         """The relative residual that the gradient's own noise leaves."""
         return max(_USUAL * self._unit, self._noise)
+
+    @property
+    def guessed(self) -> Tensor | None:
+        """A rough input (N, C, H, W), None where there is none."""
+        return self._guesses.get(0)
+
+    def guess(self, tensor: int, value: Tensor) -> None:
+        """Take down a rough ``value`` of a tensor that was not recovered."""
+        self._guesses[tensor] = value.reshape(self.shapes[tensor])
 
     def delta(self, tensor: int) -> Tensor | None:
         """Return ∂loss/∂tensor, None where it was not reached."""

@@ -216,8 +216,15 @@ def _by_walk(method: str, given: _Given, settings: MatchSettings, seed: int) -> 
         raise IncompleteError("the head's input is not known", "run gradleak recover-feature first")
     samples = len(given.labels)
     example = torch.zeros(samples, *given.shape, device=given.labels.device)
+    limit = math.inf if settings.time_limit is None else settings.time_limit
     walk = walk_down(
-        given.network, example, given.gradients, given.labels, given.feature, thorough=False
+        given.network,
+        example,
+        given.gradients,
+        given.labels,
+        given.feature,
+        thorough=False,
+        patience=limit,
     )
     if walk.image is not None and method != "fit":
         return given.answer("peel", walk.image)
@@ -227,9 +234,11 @@ def _by_walk(method: str, given: _Given, settings: MatchSettings, seed: int) -> 
             "use --method fit, or --method match",
         )
     dice = torch.Generator(device=given.labels.device).manual_seed(seed)
-    limit = math.inf if settings.time_limit is None else settings.time_limit
-    fitted = fit_image(walk, given.smooth_start(dice), seconds=limit, generator=dice)
-    return given.answer("fit", fitted.image)
+    rough = walk.guessed
+    start = given.smooth_start(dice) if rough is None else rough
+    fitted = fit_image(walk, start, seconds=limit, generator=dice, near=rough is not None)
+    answers = [given.answer("fit", image) for image in (fitted.image, rough) if image is not None]
+    return min(answers, key=lambda answer: answer.certificate.relative)
 
 
 def _by_matching(

@@ -6,6 +6,7 @@ nothing in between can be known before the convolution's input is (ALGORITHMS §
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -45,8 +46,10 @@ class MaxPool(Layer):
         """
         below = _below(operation, walk)
         stem = _stem(operation, below, delta, walk)
-        found = recover_input(stem, walk.usual)
+        found = recover_input(stem, walk.usual, seconds=walk.patience)
         if not found.solved:
+            if math.isfinite(found.residual):
+                walk.guess(below.convolution.inputs[0], found.x)
             raise Stopped(
                 "the entries that it took were not settled, the gradient of "
                 f"{below.convolution.name} is missed by {found.residual:.0e}"

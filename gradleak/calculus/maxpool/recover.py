@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 
 import torch
@@ -41,13 +42,19 @@ class PooledInput:
 
 
 def recover_input(
-    stem: PooledConvolution, usual: float, *, attempts: int = 2, seed: int = 0
+    stem: PooledConvolution,
+    usual: float,
+    *,
+    attempts: int = 2,
+    seconds: float = math.inf,
+    seed: int = 0,
 ) -> PooledInput:
     """Recover the input of ``stem`` where ``usual`` is the relative residual due to noise.
 
     Each of ``attempts`` is one annealing with dice of its own; what counts is that the gradient and
-    the pooled values fit.
+    the pooled values fit. After so many ``seconds`` it is given up.
     """
+    ends = time.monotonic() + seconds
     rounds = _ROUNDS * (1 + stem.samples)
     candidates = find_candidates(stem)
     best, missed = stem.zeros(), math.inf
@@ -61,6 +68,8 @@ def recover_input(
             if approach.misfit < _PROGRESS * least:
                 least, since = approach.misfit, 0
             elif since > _PATIENCE:
+                break
+            if time.monotonic() > ends:
                 break
             if not approach.warm or approach.misfit > worth:
                 continue
@@ -77,6 +86,8 @@ def recover_input(
                     condition=_condition(found.factors),
                     solved=True,
                 )
+        if time.monotonic() > ends:
+            break
     nothing = torch.zeros_like(stem.delta[:, :, :1]).expand(-1, -1, stem.windows)
     x, lost = stem.maps(best), math.inf
     return PooledInput(x, torch.full_like(x, lost), nothing, missed, lost, lost, False)
