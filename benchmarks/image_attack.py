@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
 from image_cases import Captured, Case, captured
@@ -46,12 +48,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Attack:
-    """What the attack found: the bundle with the last answer, and how each stage went.
+    """How each stage of an attack went; one that raised an error is the last.
 
-    ``method`` is that of the image. A stage that raised an error is the last one.
+    ``method`` is that of the image.
     """
 
-    bundle: Bundle
     stages: dict[str, Stage]
     method: str
 
@@ -111,11 +112,7 @@ class Outcome:
 
 
 def run_case(
-    case: Case,
-    *,
-    match_seconds: float,
-    baseline_seconds: float = 0.0,
-    factor: float = 10.0,
+    case: Case, *, match_seconds: float, baseline_seconds: float = 0.0, factor: float = 10.0
 ) -> Outcome:
     """Attack a case and compare with the truth; then the baselines at ``factor`` × the time.
 
@@ -123,16 +120,14 @@ def run_case(
     ``baseline_seconds`` each baseline (0: none).
     """
     given = captured(case)
-    found = attack(given.bundle, given.built.module, match_seconds, case)
-    picture, label_error = compare(found.bundle, given)
-    maps = None
-    if case.maps:
-        maps = score_maps(found.bundle, given)
+    answer, found = attack(given.bundle, given.built.module, match_seconds, case)
+    picture, label_error = compare(answer, given)
+    maps = score_maps(answer, given) if case.maps else None
     baselines = {}
-    if baseline_seconds > 0 and LABEL in found.bundle:
+    if baseline_seconds > 0 and LABEL in answer:
         limit = min(baseline_seconds, factor * found.seconds)
         for name in BASELINES:
-            done = match(name, found.bundle, given.built.module, limit)
+            done = match(name, answer, given.built.module, limit)
             if done is not None:
                 baselines[name] = (compare(done[0], given)[0], done[1])
     return Outcome(case, found, picture, label_error, baselines, maps)
@@ -140,29 +135,31 @@ def run_case(
 
 def attack(
     bundle: Bundle, module: nn.Module | None, match_seconds: float, case: Case | None = None
-) -> Attack:
+) -> tuple[Bundle, Attack]:
     """Go through the stages as far as they lead, each on the best answer of the one before.
 
-    Of ``case`` the errors to put on label and feature are taken, nothing else.
+    Returns the bundle with all answers and how the stages went. Of ``case`` the errors to put on
+    label and feature are taken, nothing else.
     """
     stages: dict[str, Stage] = {}
     settings = MatchSettings(time_limit=match_seconds)
     method = "none"
 
-    def image(b: Bundle) -> gradleak.stages.reconstruct.ImageOutcome:
-        return gradleak.reconstruct(b, settings=settings, model=module)
-
-    steps: tuple[tuple[str, Callable[[Bundle], object]], ...] = (
-        ("label", gradleak.recover_label),
-        ("feature", gradleak.recover_feature),
-        ("image", image),
+    steps: tuple[Callable[..., Any], ...] = (
+        gradleak.recover_label,
+        gradleak.recover_feature,
+        partial(gradleak.reconstruct, settings=settings, model=module),
     )
-    for name, step in steps:
+    for name, step in zip(STAGES, steps, strict=True):
         start = time.perf_counter()
         try:
             outcome = step(bundle)
         except GradleakError as error:
             stages[name] = Stage(time.perf_counter() - start, "failed", str(error))
+            break
+        except Exception as error:  # a fault of the tool is an outcome to be shown, not to end all
+            why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            stages[name] = Stage(time.perf_counter() - start, "crashed", why)
             break
         seconds = time.perf_counter() - start
         said = getattr(outcome, "result", outcome)
@@ -172,21 +169,22 @@ def attack(
             method = outcome.method
         elif case is not None:
             bundle = _with_errors(bundle, case, name)
-    return Attack(bundle, stages, method)
+    return bundle, Attack(stages, method)
 
 
 def match(
     name: str, bundle: Bundle, module: nn.Module | None, seconds: float
 ) -> tuple[Bundle, float] | None:
-    """Run a baseline on a bundle with its label; None where it finds no picture."""
-    settings = BASELINES[name]
-    limited = MatchSettings(**{**vars(settings), "time_limit": seconds})
-    start = time.perf_counter()
+    """Run a baseline on a bundle with its label, and return the seconds of its search.
+
+    None where it finds no picture.
+    """
+    limited = replace(BASELINES[name], time_limit=seconds)
     try:
         found = gradleak.reconstruct(bundle, method="match", settings=limited, model=module)
     except GradleakError:
         return None
-    return found.bundle, time.perf_counter() - start
+    return found.bundle, found.match.seconds if found.match else 0.0
 
 
 def compare(bundle: Bundle, given: Captured) -> tuple[Picture, float]:
@@ -226,4 +224,5 @@ def _with_errors(bundle: Bundle, case: Case, stage: str) -> Bundle:
 def _off(value: Tensor, draw: Tensor, error: float) -> Tensor:
     """Return ``value`` (N, D) with an error of that relative norm in the direction of ``draw``."""
     size = value.norm(dim=1, keepdim=True) / draw.norm(dim=1, keepdim=True)
-    return value + error * size * draw
+    off: Tensor = value + error * size * draw
+    return off

@@ -37,8 +37,10 @@ def score_maps(bundle: Bundle, given: Captured) -> MapScore | None:
     Samples are matched as the scores of pictures are: by label and feature. None without either.
     """
     head = f"{FEATURE}{bundle.model.head}"
-    if LABEL not in bundle or head not in bundle or len(bundle.tensor(LABEL)) != len(
-        given.truth.images
+    if (
+        LABEL not in bundle
+        or head not in bundle
+        or len(bundle.tensor(LABEL)) != len(given.truth.images)
     ):
         return None
     labels, feature = bundle.tensor(LABEL), bundle.tensor(head)

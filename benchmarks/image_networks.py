@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -78,7 +79,7 @@ def deep_mlp(act: Callable[[], nn.Module]) -> Callable[[int, int], nn.Module]:
     def make(classes: int, size: int) -> nn.Module:
         widths = (3 * size * size, *WIDTHS[1:], classes)
         layers: list[nn.Module] = [nn.Flatten()]
-        for inputs, outputs in zip(widths, widths[1:], strict=False):
+        for inputs, outputs in pairwise(widths):
             layers += [nn.Linear(inputs, outputs), act()]
         return nn.Sequential(*layers[:-1])
 
@@ -108,7 +109,7 @@ def conv_net(classes: int, size: int) -> nn.Module:
     """
     widths = (3, 64, 64, 128, 128, 128, 256, 256, 256)
     layers: list[nn.Module] = []
-    for place, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+    for place, (inputs, outputs) in enumerate(pairwise(widths)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
         if place in (4, 7):
             layers.append(nn.MaxPool2d(3))
@@ -133,9 +134,7 @@ LENET_DIGITS = Network("LeNet, trained on digits", "lenet-digits", 10)
 RESNET18 = Network("ResNet-18, untrained", "resnet18", 100)
 RESNET18_CROPS = Network("ResNet-18, trained on photographs", "resnet18-photographs", 10)
 CIFAR = Network("ResNet-18, CIFAR stem, untrained", "resnet18-cifar", 100)
-CIFAR_DIGITS = Network(
-    "ResNet-18, CIFAR stem, trained on digits", "resnet18-cifar-digits", 10
-)
+CIFAR_DIGITS = Network("ResNet-18, CIFAR stem, trained on digits", "resnet18-cifar-digits", 10)
 CIFAR_CROPS = Network(
     "ResNet-18, CIFAR stem, trained on photographs", "resnet18-cifar-photographs", 10
 )

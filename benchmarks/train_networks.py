@@ -57,6 +57,7 @@ class Trained:
     task: str
 
 
+@lru_cache(maxsize=8)
 def trained(name: str) -> Trained:
     """Return the network of ``RECIPES[name]``, trained now unless that was done before."""
     recipe = RECIPES[name]
@@ -102,7 +103,7 @@ def _accuracy(model: nn.Module, recipe: Recipe, task: Task) -> float:
     with torch.no_grad():
         parts = [
             model.eval()(inputs_of(recipe.network, images)).argmax(1)
-            for images in task.held_images.split(_CHUNK)
+            for images in torch.split(task.held_images, _CHUNK)
         ]
     return float((torch.cat(parts) == task.held_labels).double().mean())
 

@@ -44,7 +44,11 @@ class Recipe:
     @property
     def name(self) -> str:
         """The network and what its targets were."""
-        titles = {"lenet": "LeNet", "resnet18": "ResNet-18", "resnet18-cifar": "ResNet-18, CIFAR stem"}
+        titles = {
+            "lenet": "LeNet",
+            "resnet18": "ResNet-18",
+            "resnet18-cifar": "ResNet-18, CIFAR stem",
+        }
         return f"{titles[self.network]} on {self.task}, {self.targets} targets"
 
     def file(self) -> Path:
