@@ -19,8 +19,9 @@ from image_maps import MapScore, score_maps
 from torch import Tensor, nn
 
 import gradleak
-from gradleak.bundle import FEATURE, IMAGE, LABEL, Bundle
+from gradleak.bundle import FEATURE, GRAD, IMAGE, LABEL, Bundle
 from gradleak.errors import GradleakError
+from gradleak.head import parameter_name
 from gradleak.reconstruction.options import MatchSettings
 from gradleak.stages.score import score
 
@@ -82,12 +83,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One case: the attack, its picture, and those of the baselines with their seconds."""
+    """One case: the attack, its picture, and those of the baselines with their seconds.
+
+    ``condition`` is the first over the N-th singular value of the head's gradient.
+    """
 
     case: Case
     attack: Attack
     picture: Picture
     label_error: float
+    condition: float
     baselines: dict[str, tuple[Picture, float]] = field(default_factory=dict)
     maps: MapScore | None = None
 
@@ -130,7 +135,8 @@ def run_case(
             done = match(name, answer, given.built.module, limit)
             if done is not None:
                 baselines[name] = (compare(done[0], given)[0], done[1])
-    return Outcome(case, found, picture, label_error, baselines, maps)
+    condition = condition_of(given.bundle, len(given.truth.labels))
+    return Outcome(case, found, picture, label_error, condition, baselines, maps)
 
 
 def attack(
@@ -202,6 +208,13 @@ def compare(bundle: Bundle, given: Captured) -> tuple[Picture, float]:
         return Picture(math.nan, total, total), label
     psnr = math.nan if missing else min(found.images.psnr)
     return Picture(psnr, sum(found.images.differing) + missing * each, total), label
+
+
+def condition_of(bundle: Bundle, samples: int) -> float:
+    """Return the first over the N-th singular value of the head's gradient."""
+    head = bundle.tensor(f"{GRAD}{parameter_name(bundle.model.head or '', 'weight')}")
+    values = torch.linalg.svdvals(head.double())
+    return float(values[0] / values[samples - 1]) if samples <= len(values) else math.inf
 
 
 def _with_errors(bundle: Bundle, case: Case, stage: str) -> Bundle:

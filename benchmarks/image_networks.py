@@ -73,14 +73,22 @@ def build(network: Network, seed: int) -> Built:
     return Built(model, spec, network.classes)
 
 
-def deep_mlp(act: Callable[[], nn.Module]) -> Callable[[int, int], nn.Module]:
-    """Return a factory of MLPs of eight Linear layers with biases and ``act`` between them."""
+def deep_mlp(act: Callable[[], nn.Module], *, he: bool = False) -> Callable[[int, int], nn.Module]:
+    """Return a factory of MLPs of eight Linear layers with biases and ``act`` between them.
+
+    They are initialised as torch does, where all samples come out of eight layers nearly alike, or
+    by He's rule (arXiv 1502.01852) with biases of zero.
+    """
 
     def make(classes: int, size: int) -> nn.Module:
         widths = (3 * size * size, *WIDTHS[1:], classes)
         layers: list[nn.Module] = [nn.Flatten()]
         for inputs, outputs in pairwise(widths):
-            layers += [nn.Linear(inputs, outputs), act()]
+            linear = nn.Linear(inputs, outputs)
+            if he:
+                nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+                nn.init.zeros_(linear.bias)
+            layers += [linear, act()]
         return nn.Sequential(*layers[:-1])
 
     return make
@@ -118,6 +126,7 @@ def conv_net(classes: int, size: int) -> nn.Module:
 
 OWN: dict[str, Callable[[int, int], nn.Module]] = {
     "mlp8": deep_mlp(nn.ReLU),
+    "mlp8-he": deep_mlp(nn.ReLU, he=True),
     "mlp8-tanh": deep_mlp(nn.Tanh),
     "relu-lenet": relu_lenet,
     "convnet": conv_net,
@@ -126,7 +135,8 @@ OWN: dict[str, Callable[[int, int], nn.Module]] = {
 FCN4 = Network("FCN-4", "fcn4", 17, 64)
 FCN4_BIAS = Network("FCN-4 with biases", "fcn4", 17, 64, {"bias": True})
 FCN4_100 = Network("FCN-4", "fcn4", 100, 64)
-MLP8 = Network("MLP of 8 layers, ReLU", "mlp8", 100)
+MLP8_HE = Network("MLP of 8 layers, ReLU, He initialisation", "mlp8-he", 100)
+MLP8 = Network("MLP of 8 layers, ReLU, torch's initialisation", "mlp8", 100)
 MLP8_TANH = Network("MLP of 8 layers, tanh", "mlp8-tanh", 100)
 LENET = Network("LeNet, default initialisation", "lenet", 10)
 LENET_PAPER = Network("LeNet, paper's initialisation", "lenet", 10, options={"init": "paper"})

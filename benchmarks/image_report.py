@@ -35,6 +35,7 @@ EACH = (
     "PSNR, dB",
     "8-bit values off",
     "label error",
+    "condition",
     "seconds",
     "by",
     "verdict",
@@ -116,7 +117,11 @@ def grouped_reasons(outcomes: Sequence[Outcome]) -> list[tuple[int, str]]:
     """Count the reasons of outcomes, those that differ in numbers alone as one."""
     found: Counter[str] = Counter()
     for outcome in outcomes:
-        reason = outcome.reason or "every stage certain, and the picture is another"
+        reason = outcome.reason
+        if not reason and outcome.picture.differing == 0:
+            reason = "every 8-bit value right, the PSNR below what was asked"
+        elif not reason:
+            reason = "every stage certain, and the picture another"
         found[re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?%?", "…", reason)] += 1
     return [(count, reason) for reason, count in found.most_common()]
 
@@ -133,7 +138,7 @@ def line(outcome: Outcome) -> str:
     stages = ", ".join(f"{name} {s.seconds:.1f}" for name, s in outcome.attack.stages.items())
     beside = "".join(f"; {n} {decibels(p.psnr)} dB" for n, (p, _) in outcome.baselines.items())
     return (
-        f"  {outcome.case.name}: {decibels(outcome.picture.psnr)} dB, {outcome.picture.differing} "
+        f"{outcome.case.name}: {decibels(outcome.picture.psnr)} dB, {outcome.picture.differing} "
         f"of {outcome.picture.total} off, {stages} s, {outcome.attack.method}"
         f"{'; ' + outcome.reason if outcome.reason else ''}{beside}"
     )
@@ -214,6 +219,7 @@ def _cases(row: Row, outcomes: Sequence[Outcome]) -> list[list[str]]:
             decibels(o.picture.psnr),
             f"{o.picture.differing} of {o.picture.total}",
             f"{o.label_error:.0e}",
+            f"{o.condition:.0e}",
             " + ".join(f"{s.seconds:.2f}" for s in o.attack.stages.values()),
             o.attack.method,
             o.reason.replace("|", "\\|") or "exact",

@@ -28,20 +28,19 @@ def run_table(table: Table, options: argparse.Namespace) -> None:
         blocks = [*page(table, done), *more]
         write_result(table.page, table.title, run, blocks, options.results)
 
-    for row in table.rows:
-        if options.row and options.row not in row.name:
-            continue
-        print(f"{table.key}: {row.name} ({row.asked})", flush=True)
-        for place, case in enumerate(row.cases):
-            if run.seconds > 60.0 * options.minutes:
-                break
+    rows = [row for row in table.rows if options.row in row.name]
+    # Case by case over all rows: a run that ends early has some of each.
+    for place in range(max((len(row.cases) for row in rows), default=0)):
+        for row in rows:
+            if place >= len(row.cases) or run.seconds > 60.0 * options.minutes:
+                continue
             outcome = run_case(
-                case,
+                row.cases[place],
                 match_seconds=row.seconds or options.match_seconds,
                 baseline_seconds=options.baseline_seconds if place < options.baselines else 0.0,
                 factor=table.factor,
             )
-            print(line(outcome), flush=True)
+            print(f"{table.key}, {row.name}, {line(outcome)}", flush=True)
             done.setdefault(row.name, []).append(outcome)
             write()
     if table.products and not options.row:
@@ -53,7 +52,7 @@ def main() -> None:
     names = [table.key for table in tables(Size())]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", help=f"tables, comma-separated, of {', '.join(names)}")
-    parser.add_argument("--row", help="only rows whose name contains this")
+    parser.add_argument("--row", default="", help="only rows whose name contains this")
     parser.add_argument("--photographs", type=int, help="photographs a row (default: all 15)")
     parser.add_argument("--draws", type=int, default=20, help="batches a row (half of large ones)")
     parser.add_argument("--samples", type=int, nargs="+", default=BATCHES, help="N of the batches")

@@ -22,7 +22,7 @@ from image_report import grouped_reasons, page, summary
 from image_tables import Row, Size, same_pixels, tables
 
 ROOT = Path(__file__).parents[1]
-SMALL = replace(nets.MLP8, size=8)
+SMALL = replace(nets.MLP8_HE, size=8)
 
 
 def test_nothing_else_names_a_held_out_photograph() -> None:
