@@ -64,7 +64,7 @@ def page(table: Table, done: Mapping[str, Sequence[Outcome]]) -> list[list[str]]
     if beside:
         when = "the attack's own time" if table.factor == 1 else f"{table.factor:g} × its time"
         blocks += [
-            [f"## Matching beside it, at {when} on the same case, label given as recovered"],
+            [f"## Matching beside it: at most {when} on the same case, label as recovered"],
             markdown_table(
                 (
                     "what",

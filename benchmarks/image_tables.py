@@ -40,6 +40,11 @@ class Row:
     good: Callable[[Outcome], bool]
     seconds: float | None = None
 
+    @property
+    def rivals(self) -> bool:
+        """Whether what is asked is a comparison, so that every case needs the baselines."""
+        return self.good is no_worse_than_matching
+
 
 @dataclass(frozen=True)
 class Table:
@@ -84,7 +89,8 @@ def tables(size: Size) -> list[Table]:
     """Return every table, each with the cases of a run of that size."""
     return [
         _mlp(size),
-        _batches(size),
+        _batches("batches", "FCN-4", (nets.FCN4_100,), size),
+        _batches("batches-deep", "deeper MLPs", (nets.MLP8_HE, nets.MLP8, nets.MLP8_TANH), size),
         _lenet(size),
         _resnet18(size),
         _resnet18_batches(size),
@@ -105,9 +111,9 @@ def _mlp(size: Size) -> Table:
     return Table("mlp", "Images through MLPs, one sample", rows, products=(nets.FCN4,))
 
 
-def _batches(size: Size) -> Table:
+def _batches(key: str, what: str, networks: Sequence[Network], size: Size) -> Table:
     rows = []
-    for net in (nets.FCN4_100, nets.MLP8_HE, nets.MLP8, nets.MLP8_TANH):
+    for net in networks:
         for n in size.samples:
             asked = "≥ 100 dB in ≥ 95 %" if n < 64 else "≥ 100 dB where labels are found"
             draws = size.draws if n < MANY else (size.draws + 1) // 2
@@ -115,14 +121,14 @@ def _batches(size: Size) -> Table:
                 Row(f"{net.title}, N = {n}", asked, of_batches(net, n, draws), at_least(100.0))
             )
     notes = (
-        "C = 100, FCN-4 at 64×64, the others at 32×32. A picture is a random square of half to all "
-        "of a photograph, so batches have several of one photograph. Classes repeat in a batch. "
+        f"C = 100, {networks[0].size}×{networks[0].size}. A picture is a random square of half to "
+        "all of a photograph, so batches have several of one photograph. Classes repeat too. "
         "A batch counts as its worst sample does. *Condition* is that of the head's gradient, its "
         "first over its N-th singular value: an error in the float32 gradient reaches features, "
         "deltas and pictures multiplied by as much. Two hard labels of one class make it large, "
         "and so does a network that hardly tells its samples apart.",
     )
-    return Table("batches", "Images of batches through MLPs", rows, notes)
+    return Table(key, f"Images of batches through {what}", rows, notes)
 
 
 def _lenet(size: Size) -> Table:

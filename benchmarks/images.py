@@ -34,10 +34,11 @@ def run_table(table: Table, options: argparse.Namespace) -> None:
         for row in rows:
             if place >= len(row.cases) or run.seconds > 60.0 * options.minutes:
                 continue
+            beside = row.rivals or place < options.baselines
             outcome = run_case(
                 row.cases[place],
                 match_seconds=row.seconds or options.match_seconds,
-                baseline_seconds=options.baseline_seconds if place < options.baselines else 0.0,
+                baseline_seconds=options.baseline_seconds if beside else 0.0,
                 factor=table.factor,
             )
             print(f"{table.key}, {row.name}, {line(outcome)}", flush=True)

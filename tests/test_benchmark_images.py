@@ -159,3 +159,16 @@ def test_every_table_has_rows_with_cases_and_a_page_of_its_own() -> None:
         names = [row.name for row in table.rows]
         assert len(set(names)) == len(names)
         assert all(row.cases for row in table.rows)
+
+
+def test_a_comparison_with_matching_needs_matching_beside_every_case() -> None:
+    rows = {row.name: row for table in tables(Size(photographs=1)) for row in table.rows}
+    row = rows["LeNet with ReLUs"]
+    assert row.rivals
+    assert not rows["FCN-4"].rivals
+    alone = run_case(of_photographs(SMALL, 1)[0], match_seconds=0.5)
+    assert not row.good(alone)
+    beside = run_case(of_photographs(SMALL, 1)[0], match_seconds=0.5, baseline_seconds=0.2)
+    assert set(beside.baselines) == {"Inverting Gradients", "L-BFGS"}
+    assert all(picture.psnr < 60 for picture, _ in beside.baselines.values())
+    assert row.good(beside)
