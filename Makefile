@@ -40,6 +40,8 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/label_counts.py
 	$(BIN)/python benchmarks/labels_noise.py
 	$(BIN)/python benchmarks/labels_batch.py
+	$(BIN)/python benchmarks/train_networks.py
+	$(BIN)/python benchmarks/images.py
 
 docs: $(VENV)/ready
 	$(BIN)/python docs/generate_cli.py

@@ -19,7 +19,7 @@ RESULTS = ROOT / "docs" / "results"
 
 # The tests own the list of photographs; there shall be one.
 sys.path.insert(0, str(ROOT / "tests"))
-from photographs import centre, crops, labelled_crops, photographs  # noqa: E402
+from photographs import centre, crops, labelled_crops, photograph, photographs  # noqa: E402
 
 __all__ = [
     "RESULTS",
@@ -28,6 +28,7 @@ __all__ = [
     "crops",
     "labelled_crops",
     "markdown_table",
+    "photograph",
     "photographs",
     "write_result",
 ]
@@ -85,10 +86,12 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> lis
     return [f"| {' | '.join(row)} |" for row in (columns, align, *rows)]
 
 
-def write_result(name: str, title: str, run: Run, parts: Sequence[Sequence[str]]) -> Path:
-    """Write ``docs/results/NAME.md``: a title, the facts of the run, and blocks of lines."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
+def write_result(
+    name: str, title: str, run: Run, parts: Sequence[Sequence[str]], folder: Path = RESULTS
+) -> Path:
+    """Write ``NAME.md`` to ``folder``: a title, the facts of the run, and blocks of lines."""
+    folder.mkdir(parents=True, exist_ok=True)
     blocks = [[f"# {title}"], run.header(), *parts]
-    path = RESULTS / f"{name}.md"
+    path = folder / f"{name}.md"
     path.write_text("\n\n".join("\n".join(block) for block in blocks if block) + "\n")
     return path

@@ -1,5 +1,6 @@
 """Real photographs from installed packages, and squares cut from them."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,9 +53,14 @@ def crops(size: int, count: int, generator: torch.Generator) -> Tensor:
     return labelled_crops(size, count, generator)[0]
 
 
-def labelled_crops(size: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Cut ``crops`` and say of which photograph each is: (count,) places in ``photographs()``."""
-    files = photographs()
+def labelled_crops(
+    size: int, count: int, generator: torch.Generator, files: Sequence[Path] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cut ``crops`` and say of which photograph each is: (count,) places in ``files``.
+
+    They are all of ``photographs()`` unless given.
+    """
+    files = files or photographs()
     chosen, squares = [], []
     for _ in range(count):
         chosen.append(_draw(len(files), generator))

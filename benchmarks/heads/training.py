@@ -44,7 +44,11 @@ class Recipe:
     @property
     def name(self) -> str:
         """The network and what its targets were."""
-        titles = {"lenet": "LeNet", "resnet18": "ResNet-18"}
+        titles = {
+            "lenet": "LeNet",
+            "resnet18": "ResNet-18",
+            "resnet18-cifar": "ResNet-18, CIFAR stem",
+        }
         return f"{titles[self.network]} on {self.task}, {self.targets} targets"
 
     def file(self) -> Path:
@@ -96,7 +100,7 @@ def trained(recipe: Recipe, task: Task) -> Trained:
     if file.exists():
         model.load_state_dict(load_file(file))
     else:
-        _train(model, recipe, task)
+        train(model, recipe, task)
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(model.state_dict(), file)
     with torch.no_grad():
@@ -105,8 +109,8 @@ def trained(recipe: Recipe, task: Task) -> Trained:
     return Trained(recipe, model, task, float(right), float(p.amax(1).median()))
 
 
-def _train(model: nn.Module, recipe: Recipe, task: Task) -> None:
-    """Adam with a cosine schedule over mean cross-entropy, in an order drawn from the seed."""
+def train(model: nn.Module, recipe: Recipe, task: Task) -> None:
+    """Train by Adam with a cosine schedule over mean cross-entropy; the order is the seed's."""
     dice = torch.Generator().manual_seed(recipe.seed)
     inputs = inputs_of(recipe.network, task.images)
     labels = F.one_hot(task.labels, task.classes).float()
