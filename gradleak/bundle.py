@@ -227,11 +227,13 @@ class Bundle:
         for name in self._tensors:
             if name.startswith((GRAD, PARAM)):
                 self._check_dtype_and_shape(name)
-        dimensions = {LABEL: 2, IMAGE: 4, **{FEATURE + layer: 2 for layer in self.names(FEATURE)}}
-        for name, count in dimensions.items():
-            if name in self._tensors and len(self.info(name).shape) != count:
+        maps = {FEATURE + layer: (2, 4) for layer in self.names(FEATURE)}
+        dimensions: dict[str, tuple[int, ...]] = {LABEL: (2,), IMAGE: (4,), **maps}
+        for name, counts in dimensions.items():
+            if name in self._tensors and len(self.info(name).shape) not in counts:
+                known = " or ".join(str(count) for count in counts)
                 raise InputError(
-                    f"{name} has shape {list(self.info(name).shape)}, not {count} dimensions",
+                    f"{name} has shape {list(self.info(name).shape)}, not {known} dimensions",
                     "run the stage that writes it again",
                 )
         self._check_layers()

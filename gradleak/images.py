@@ -124,6 +124,23 @@ def contact_sheet(rows: Sequence[Sequence[tuple[str, Tensor]]], *, scale: int) -
     return sheet
 
 
+def channel_strip(channels: Tensor, count: int, scale: int) -> Tensor:
+    """Lay the first ``count`` of the ``channels`` (C, H, W) side by side, grey, each by its range.
+
+    Returns a picture (3, H', W') in [0, 1], each entry ``scale`` x ``scale`` pixels. Raises
+    ``InputError`` where a value is not finite.
+    """
+    if not bool(torch.isfinite(channels).all()):
+        raise InputError("the map has values that are not finite", "nothing can be shown of it")
+    shown = channels[:count].double().cpu()
+    low, high = shown.amin((1, 2), keepdim=True), shown.amax((1, 2), keepdim=True)
+    grey = (shown - low) / (high - low).clamp(min=torch.finfo(torch.float64).tiny)
+    large = grey.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    framed = torch.nn.functional.pad(large, (0, _CAPTION_GAP), value=1.0)
+    strip = torch.cat(list(framed), 1)
+    return strip.float().expand(3, -1, -1)
+
+
 def _decode(path: Path, notes: list[str]) -> Image.Image:
     """Open and decode ``path``, turned upright; every way that can fail is an ``InputError``."""
     if path.is_dir():

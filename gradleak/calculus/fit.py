@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,8 +13,7 @@ from torch.nn import functional as F
 from gradleak.calculus.descent import DescentOptions, Residuals, descend
 from gradleak.calculus.remaining import RemainingNetwork
 from gradleak.calculus.walk import Walk
-
-Progress = Callable[[str, int, float], None]
+from gradleak.progress import Progress, Step
 
 # Images of at most this side are fitted at once; larger ones first on grids of half the side.
 _WHOLE, _COARSEST = 48, 14
@@ -59,8 +57,8 @@ def fit_image(
     """Fit the input of the network behind a finished ``walk``, from ``start`` (N, C, H, W).
 
     A start that is ``near`` has its large structures right. ``seconds`` bounds the time.
-    ``progress`` is called with the phase, the step in it and the sum of squares. Raises
-    :class:`IncompleteError` where no map below the logits was recovered.
+    ``progress`` is called with every step. Raises :class:`IncompleteError` where no map below the
+    logits was recovered.
     """
     fit = _Fit(time.monotonic() + seconds, generator, progress)
     rough = RemainingNetwork(walk, dtype=torch.float32)
@@ -114,7 +112,7 @@ class _Fit:
 
         def note(step: int, squares: float) -> None:
             if self._progress is not None:
-                self._progress(phase, step, squares)
+                self._progress(Step(f"fit: {phase}", step, options.steps, squares))
 
         options = replace(options, seconds=min(options.seconds, self.left()))
         found = descend(residuals, x, options, generator=self._generator, progress=note)

@@ -23,6 +23,7 @@ from gradleak.calculus.solve import LayerEquations, Solution, solve_input
 from gradleak.calculus.trace import Operation, Trace, trace
 from gradleak.calculus.weighted import ForwardEquations, Taps
 from gradleak.errors import IncompleteError
+from gradleak.progress import Progress, Step
 
 # Residual beyond which a map is not taken for recovered at all.
 _LOST = 0.05
@@ -88,13 +89,14 @@ def walk_down(
     *,
     thorough: bool = True,
     patience: float = math.inf,
+    progress: Progress | None = None,
 ) -> Walk:
     """Walk from the logits towards the images behind a gradient of the mean cross-entropy.
 
     ``example`` (N, C, H, W) has the shape of the network's input; ``labels`` (N, classes) and the
     head's input ``feature`` (N, D) are what the earlier stages recovered. Unless it is ``thorough``
     the walk stops at maps whose equations take tens of seconds to solve, and after ``patience``
-    seconds a search for one map is given up.
+    seconds a search for one map is given up. ``progress`` is called with every recovered map.
     """
     steps = trace(model, example)
     state = model.state_dict()
@@ -110,6 +112,7 @@ def walk_from(
     *,
     thorough: bool = True,
     patience: float = math.inf,
+    progress: Progress | None = None,
 ) -> Walk:
     """Walk as :func:`walk_down` does, given the trace and the ``state`` instead of a network."""
     head = steps.producer(steps.logits)
@@ -135,6 +138,7 @@ class Walk:
         *,
         thorough: bool = True,
         patience: float = math.inf,
+        progress: Progress | None = None,
     ) -> None:
         """Begin at the logits of ``steps``.
 
@@ -147,6 +151,7 @@ class Walk:
         self.gradients = Widened(gradients)
         unit = max(torch.finfo(tensor.dtype).eps for tensor in gradients.values())
         self._thorough, self.patience = thorough, patience
+        self._progress = progress
         self._guesses: dict[int, Tensor] = {}
         self._unit = unit
         self._noise = unit  # the relative error of the gradients, as the residuals show it
@@ -374,7 +379,7 @@ class Walk:
         estimate = Estimate(solution.x.reshape(shape), solution.std.reshape(shape))
         self._values[tensor] = estimate
         self._noise = max(self._noise, solution.residual)
-        self.maps.append(
+        self._note(
             PeeledMap(
                 names=tuple(r.name for r in readers if self.gradient(r) is not None),
                 estimate=estimate,
@@ -403,9 +408,14 @@ class Walk:
         shape = self.shapes[tensor]
         rows = 0 if gradient is None else gradient[:, 0].numel()
         unknowns = math.prod(shape) // shape[1]
-        self.maps.append(
-            PeeledMap((operation.name,), estimate, rows, unknowns, condition, residual, 0)
-        )
+        self._note(PeeledMap((operation.name,), estimate, rows, unknowns, condition, residual, 0))
+
+    def _note(self, found: PeeledMap) -> None:
+        """Take down a recovered map."""
+        self.maps.append(found)
+        if self._progress is not None:
+            phase = f"walk: {found.names[0] if found.names else 'image'}"
+            self._progress(Step(phase, len(self.maps), None, found.residual))
 
     def _gated(
         self, operation: Operation

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,21 +15,28 @@ from gradleak.cli.common import (
     keep_apart,
     run_stage,
 )
+from gradleak.cli.map_report import map_data, map_rows, save_map_sheet
 from gradleak.cli.options import (
+    ATTACK,
+    OUTPUT,
     Device,
     HeadName,
     Inputs,
     Json,
+    Model,
     OutputBundle,
     Quiet,
     Seed,
     Weights,
 )
+from gradleak.cli.progress import progress_display
+from gradleak.errors import UsageError
 
 if TYPE_CHECKING:
     from gradleak.bundle import Bundle
     from gradleak.features import PeeledLayer
     from gradleak.stages.feature import FeatureOutcome
+    from gradleak.stages.maps import MapsOutcome
 
 NAME = "recover-feature"
 EXAMPLE = "gradleak recover-feature labelled.safetensors -o featured.safetensors"
@@ -39,6 +46,8 @@ _NOTHING: dict[str, object] = {
     "layers": [],
     "stopped": None,
     "residual": None,
+    "maps": [],
+    "barriers": [],
     "device": None,
     "seconds": None,
 }
@@ -49,6 +58,25 @@ def command(
     inputs: Inputs = None,
     head: HeadName = None,
     weights: Weights = None,
+    every_map: Annotated[
+        bool,
+        typer.Option(
+            "--all",
+            help="Also recover the input of every convolution that the gradient determines; needs "
+            "the network's weights.",
+            rich_help_panel=ATTACK,
+        ),
+    ] = False,
+    contact_sheet: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PNG",
+            help="Also write the maps that --all recovers as a picture. Default: none.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    model: Model = None,
     output: OutputBundle = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -63,16 +91,35 @@ def command(
     sources = choose_inputs(context, inputs)
     outputs = check_output(output, sources)
     keep_apart(output, weights)
+    if contact_sheet is not None:
+        if not every_map:
+            raise UsageError("--contact-sheet shows the maps of --all", "add --all")
+        check_output(contact_sheet, sources)
+        keep_apart(contact_sheet, weights, output, *sources)
     from gradleak.stages.feature import recover_feature
+    from gradleak.stages.maps import recover_maps
 
     def work(source: str, bundle: Bundle) -> tuple[Report, Bundle]:
         outcome = recover_feature(bundle, head=head, weights=weights, device=device, seed=seed)
-        return _report(source, outcome), outcome.bundle
+        if not every_map:
+            return _report(source, outcome, None), outcome.bundle
+        with progress_display(quiet or json) as progress:
+            found = recover_maps(
+                outcome.bundle,
+                model=model,
+                weights=weights,
+                device=device,
+                seed=seed,
+                progress=progress,
+            )
+        if contact_sheet is not None:
+            save_map_sheet(contact_sheet, found.exact)
+        return _report(source, outcome, found), found.bundle
 
     run_stage(Console(json=json, quiet=quiet, outputs=outputs), NAME, sources, work, _NOTHING)
 
 
-def _report(source: str, outcome: FeatureOutcome) -> Report:
+def _report(source: str, outcome: FeatureOutcome, found: MapsOutcome | None) -> Report:
     layers: list[dict[str, object]] = [
         {
             "name": layer.name,
@@ -87,6 +134,8 @@ def _report(source: str, outcome: FeatureOutcome) -> Report:
     rows += [(f"input of {layer.name}", _line(layer)) for layer in outcome.layers]
     if outcome.stopped is not None:
         rows.append(("not reached", outcome.stopped))
+    if found is not None:
+        rows += map_rows(found.maps, found.barriers)
     rows.append(("method", outcome.method))
     rows.append(("solved in", f"{1e3 * outcome.seconds:.1f} ms on {outcome.device}"))
     data: dict[str, object] = {
@@ -99,6 +148,8 @@ def _report(source: str, outcome: FeatureOutcome) -> Report:
         "layers": layers,
         "stopped": outcome.stopped,
         "residual": outcome.residual,
+        "maps": [] if found is None else map_data(found.maps),
+        "barriers": [] if found is None else list(found.barriers),
         "device": outcome.device,
         "seconds": outcome.seconds,
     }

@@ -73,3 +73,13 @@ Weights = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Your own network as module:factory, repeated here because a bundle's word imports no "
+        "code. Default: the bundle's built-in network.",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
+]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,14 +18,22 @@ from gradleak.cli.common import (
     number,
     run_stage,
 )
-from gradleak.cli.options import ATTACK, MODEL, OUTPUT, Device, Inputs, Json, Quiet, Seed, Weights
+from gradleak.cli.map_report import map_data, map_rows
+from gradleak.cli.options import (
+    ATTACK,
+    OUTPUT,
+    Device,
+    Inputs,
+    Json,
+    Model,
+    Quiet,
+    Seed,
+    Weights,
+)
+from gradleak.cli.progress import progress_display
 from gradleak.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from torch import Tensor
-
     from gradleak.bundle import Bundle
     from gradleak.stages.reconstruct import ImageOutcome
 
@@ -41,6 +47,10 @@ _NOTHING: dict[str, object] = {
     "residual": None,
     "precision": None,
     "matching": None,
+    "maps": [],
+    "stopped": [],
+    "fit": None,
+    "null_control": None,
     "images": [],
     "device": None,
     "seconds": None,
@@ -136,16 +146,15 @@ def command(
             rich_help_panel=ATTACK,
         ),
     ] = None,
-    model: Annotated[
-        str | None,
+    null_control: Annotated[
+        bool,
         typer.Option(
-            metavar="NAME",
-            help="Your own network as module:factory, repeated here because a bundle's word "
-            "imports no code. Default: the bundle's built-in network.",
-            show_default=False,
-            rich_help_panel=MODEL,
+            help="Also run the attack on a noise gradient of the same norms with the same label: "
+            "NAME-null.png shows what the picture does not owe to the gradient.",
+            rich_help_panel=ATTACK,
         ),
-    ] = None,
+    ] = False,
+    model: Model = None,
     weights: Weights = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -181,7 +190,7 @@ def command(
     )
 
     def work(source: str, bundle: Bundle) -> tuple[Report, Bundle]:
-        with _progress_bar(quiet or json) as progress:
+        with progress_display(quiet or json) as progress:
             outcome = reconstruct(
                 bundle,
                 method=method,
@@ -190,9 +199,10 @@ def command(
                 weights=weights,
                 device=device,
                 seed=seed,
+                control=null_control,
                 progress=progress,
             )
-        written = _write_pictures(outcome.images, pictures, sheet)
+        written = _write_pictures(outcome, pictures, sheet)
         return _report(source, outcome, written), outcome.bundle
 
     run_stage(console, NAME, sources, work, _NOTHING)
@@ -214,19 +224,27 @@ def _split_outputs(outputs: list[str], sources: list[str]) -> tuple[list[str], l
     return bundles, pictures
 
 
-def _write_pictures(images: Tensor, outputs: list[str], sheet: str | None) -> list[str]:
+def _write_pictures(outcome: ImageOutcome, outputs: list[str], sheet: str | None) -> list[str]:
     from gradleak.images import contact_sheet, save_png, save_sheet
 
     written = []
+    kinds = [("", outcome.images)]
+    if outcome.control is not None:
+        kinds.append(("-null", outcome.control.images))
     for path in map(Path, outputs):
-        many = [path.with_name(f"{path.stem}-{n}.png") for n in range(len(images))]
-        for name, image in zip(many if len(images) > 1 else [path], images, strict=True):
-            save_png(name, image)
-            written.append(str(name))
+        for kind, images in kinds:
+            many = [f"{path.stem}{kind}-{n}.png" for n in range(len(images))]
+            names = many if len(images) > 1 else [f"{path.stem}{kind}{path.suffix}"]
+            for name, image in zip(names, images, strict=True):
+                save_png(path.with_name(name), image)
+                written.append(str(path.with_name(name)))
     if sheet is not None:
-        row = [(f"sample {n}", image) for n, image in enumerate(images)]
-        scale = max(1, _SHEET_WIDTH // images.shape[-1])
-        save_sheet(sheet, contact_sheet([row], scale=scale))
+        rows = [
+            [(f"{'null ' if kind else ''}sample {n}", image) for n, image in enumerate(images)]
+            for kind, images in kinds
+        ]
+        scale = max(1, _SHEET_WIDTH // outcome.images.shape[-1])
+        save_sheet(sheet, contact_sheet(rows, scale=scale))
         written.append(sheet)
     return written
 
@@ -241,6 +259,9 @@ def _report(source: str, outcome: ImageOutcome, written: list[str]) -> Report:
             f"{number(certificate.relative)} of the gradient, whose precision is "
             f"{number(certificate.precision)}",
         ),
+        *_control_rows(outcome),
+        *map_rows(outcome.maps, outcome.barriers),
+        *_fit_rows(outcome),
         ("solved in", f"{outcome.seconds:.3g} s on {outcome.device}"),
         *(("wrote", name) for name in written),
     ]
@@ -264,6 +285,23 @@ def _report(source: str, outcome: ImageOutcome, written: list[str]) -> Report:
             "restart": match.restart,
             "stopped": match.stopped,
         },
+        "maps": map_data(outcome.maps),
+        "stopped": list(outcome.barriers),
+        "fit": None
+        if outcome.fitted is None
+        else {
+            "maps": list(outcome.fitted.cuts),
+            "equations": outcome.fitted.equations,
+            "residual": outcome.fitted.residual,
+            "expected": outcome.fitted.expected,
+            "steps": outcome.fitted.steps,
+        },
+        "null_control": None
+        if outcome.control is None
+        else {
+            "method": outcome.control.method,
+            "residual": outcome.control.certificate.relative,
+        },
         "images": written,
         "device": outcome.device,
         "seconds": outcome.seconds,
@@ -280,25 +318,20 @@ def _describe_match(outcome: ImageOutcome) -> str:
     )
 
 
-@contextmanager
-def _progress_bar(hidden: bool) -> Iterator[Callable[[int, int, float], None] | None]:
-    """Show matching progress on stderr, on a terminal only."""
-    if hidden or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console as RichConsole
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("gradient matching"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} objective {task.fields[objective]:.3g}"),
-        TimeRemainingColumn(),
+def _fit_rows(outcome: ImageOutcome) -> list[tuple[str, str]]:
+    fitted = outcome.fitted
+    if fitted is None:
+        return []
+    text = (
+        f"{', '.join(fitted.cuts)}: {fitted.equations} equations, missed by "
+        f"{number(fitted.residual)}, of which their errors explain {number(fitted.expected)}"
     )
-    with Progress(*columns, console=RichConsole(stderr=True), transient=True) as progress:
-        task = progress.add_task("matching", total=None, objective=float("nan"), visible=False)
+    return [("fitted to", text)]
 
-        def update(done: int, total: int, objective: float) -> None:
-            progress.update(task, completed=done, total=total, objective=objective, visible=True)
 
-        yield update
+def _control_rows(outcome: ImageOutcome) -> list[tuple[str, str]]:
+    control = outcome.control
+    if control is None:
+        return []
+    missed = number(control.certificate.relative)
+    return [("null control", f"noise of the same norms gives a picture that misses it by {missed}")]

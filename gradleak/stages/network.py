@@ -55,7 +55,15 @@ def network_of(bundle: Bundle, model: nn.Module | str | None, device: torch.devi
 def head_feature(bundle: Bundle, device: torch.device) -> Tensor | None:
     """Return the recovered input (N, D) of the head, None if the bundle holds none."""
     name = f"{FEATURE}{bundle.model.head}"
-    return bundle.tensor(name, device) if name in bundle else None
+    if name not in bundle:
+        return None
+    feature = bundle.tensor(name, device)
+    if feature.dim() != 2:
+        raise InputError(
+            f"{name} has shape {list(feature.shape)}, and the head reads (N, D)",
+            "run gradleak recover-feature again",
+        )
+    return feature
 
 
 def input_shape(spec: ModelSpec) -> tuple[int, int, int]:

@@ -4,37 +4,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
 from gradleak.bundle import FEATURE, GRAD, IMAGE, LABEL, Bundle, StageRecord
-from gradleak.calculus.fit import fit_image
-from gradleak.calculus.walk import walk_down
+from gradleak.calculus.fit import Fitted
+from gradleak.calculus.walk import PeeledMap
 from gradleak.device import resolve_device
 from gradleak.errors import IncompleteError, InputError, UsageError
 from gradleak.head import parameter_name, with_weights
-from gradleak.normalisation import denormalise, normalise
-from gradleak.reconstruction.matching import MatchResult, match_gradients
+from gradleak.progress import Progress
+from gradleak.reconstruction.matching import MatchResult
 from gradleak.reconstruction.mlp import check_mlp, image_of_feature
 from gradleak.reconstruction.options import MatchSettings
-from gradleak.reconstruction.resimulate import GradientResidual, check_reconstruction
+from gradleak.reconstruction.resimulate import GradientResidual
+from gradleak.stages.attack import Answer, Given, find_images, null_control
 from gradleak.stages.feature import BundleLayers
 from gradleak.stages.network import head_feature, input_shape, network_of, normalisation_of
 
 Verdict = Literal["unique", "approximate"]
 METHODS = ("auto", "mlp", "peel", "fit", "match")
-# An image whose gradient misses the given one by more is worth a try of matching.
-_FAR = 1e-2
-# Levels of an 8-bit picture, and how far from one a pixel may be to count as being there.
-_LEVELS, _OFF_LEVEL = 255.0, 0.3
-# The picture that a fit starts from: so many smooth blots a side, of this mean and spread.
-_START_GRID, _START_GREY, _START_SPREAD = 4, 0.5, 0.15
 
 
 @dataclass(frozen=True)
@@ -42,8 +35,10 @@ class ImageOutcome:
     """The enriched ``bundle`` and the ``images`` (N, 3, H, W) float32 in [0, 1].
 
     ``verdict`` is ``unique`` only where the gradient re-simulated from the finished image agrees
-    with the given one to its own precision (``certificate``), else ``approximate``. ``match`` tells
-    how gradient matching went, where it was used.
+    with the given one to its own precision (``certificate``), else ``approximate``. ``maps`` are
+    those that the walk recovered, from the head downwards, and ``barriers`` say what it did not get
+    past; ``fitted`` and ``match`` tell how a fit and gradient matching went, where they were used.
+    ``control`` is the same attack's answer to noise, if it was asked for.
     """
 
     bundle: Bundle
@@ -52,7 +47,11 @@ class ImageOutcome:
     reason: str
     method: str
     certificate: GradientResidual
+    maps: tuple[PeeledMap, ...]
+    barriers: tuple[str, ...]
+    fitted: Fitted | None
     match: MatchResult | None
+    control: Answer | None
     device: str
     seconds: float
 
@@ -66,7 +65,8 @@ def reconstruct(
     weights: Path | str | None = None,
     device: str = "auto",
     seed: int = 0,
-    progress: Callable[[int, int, float], None] | None = None,
+    control: bool = False,
+    progress: Progress | None = None,
 ) -> ImageOutcome:
     """Reconstruct the image behind a gradient bundle whose label has been recovered.
 
@@ -74,7 +74,8 @@ def reconstruct(
     down through the layers' gradients (exact where it gets through); ``fit`` fits the image to the
     lowest maps that the walk recovered; ``match`` optimises the image until its gradient matches;
     ``auto`` takes the first that applies. ``settings`` are those of the matching, and their time
-    limit that of a fit.
+    limit that of a fit. With ``control`` the attack is also run on noise gradients of the same
+    norms and the same label and feature. ``progress`` is called with every step of what takes long.
     ``model`` is needed for a network that is not built in: the module itself, or ``module:factory``
     repeated by the user, since a bundle's word for it imports nothing. The image goes to
     ``image/reconstructed``.
@@ -96,19 +97,12 @@ def reconstruct(
             "use --method match",
         )
     start = time.perf_counter()
+    chosen, sought = settings or MatchSettings(), None
     if spec.from_image and len(labels) == 1 and method in ("auto", "mlp"):
         answer = _from_features(full, labels, where)
     else:
-        given = _Given(
-            network=network_of(full, model, where),
-            gradients=full.tensors(GRAD, where),
-            labels=labels,
-            feature=head_feature(full, where),
-            shape=input_shape(spec),
-            normalisation=normalisation_of(spec),
-            head=spec.head,
-        )
-        answer = _by_walk_or_matching(method, given, settings or MatchSettings(), seed, progress)
+        sought = _given(full, model, labels, where)
+        answer = find_images(method, sought, chosen, seed, progress)
     seconds = time.perf_counter() - start
     certificate, match = answer.certificate, answer.match
     verdict: Verdict = "unique" if certificate.exact else "approximate"
@@ -118,6 +112,10 @@ def reconstruct(
         else f"not exact: the finished image's gradient misses the given one by "
         f"{certificate.relative:.1e}, its precision is {certificate.precision:.1e}"
     )
+    noise = None
+    if control:
+        sought = sought or _given(full, model, labels, where)
+        noise = null_control("auto" if method == "mlp" else method, sought, chosen, seed, progress)
     record = StageRecord(
         "reconstruct",
         {"method": answer.method, "matching": None if match is None else asdict(match.options)},
@@ -133,138 +131,33 @@ def reconstruct(
         reason=reason,
         method=answer.method,
         certificate=certificate,
+        maps=() if answer.walk is None else tuple(answer.walk.maps),
+        barriers=() if answer.walk is None else tuple(map(str, answer.walk.barriers)),
+        fitted=answer.fitted,
         match=match,
+        control=noise,
         device=str(where),
         seconds=seconds,
     )
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """Images (N, 3, H, W) by one method, with their certificate."""
-
-    method: str
-    images: Tensor
-    certificate: GradientResidual
-    match: MatchResult | None = None
-
-
-@dataclass(frozen=True)
-class _Given:
-    """What is known of a gradient: its network, and what the earlier stages recovered."""
-
-    network: nn.Module
-    gradients: Mapping[str, Tensor]
-    labels: Tensor
-    feature: Tensor | None
-    shape: tuple[int, int, int]
-    normalisation: tuple[Sequence[float], Sequence[float]]
-    head: str | None
-
-    def certify(self, images: Tensor) -> GradientResidual:
-        """Compare the images' own gradient with the given one."""
-        mean, std = self.normalisation
-        return check_reconstruction(self.network, self.gradients, images, self.labels, mean, std)
-
-    def answer(self, method: str, inputs: Tensor) -> _Answer:
-        """Make an answer of what the network takes, ``inputs`` (N, C, H, W).
-
-        Most pictures have 8 bits. Where these all but have, they are tried with exactly those, and
-        the gradient decides.
-        """
-        images = denormalise(inputs, *self.normalisation).clamp(0.0, 1.0)
-        answer = _Answer(method, images.float(), self.certify(images.float()))
-        levels = images * _LEVELS
-        if float((levels - levels.round()).abs().max()) > _OFF_LEVEL:
-            return answer
-        rounded = (levels.round() / _LEVELS).float()
-        snapped = _Answer(method, rounded, self.certify(rounded))
-        return min(answer, snapped, key=lambda tried: tried.certificate.relative)
-
-    def smooth_start(self, dice: torch.Generator) -> Tensor:
-        """Return smooth random inputs (N, C, H, W): at plain grey all kinks of ReLUs meet."""
-        size = (len(self.labels), self.shape[0], _START_GRID, _START_GRID)
-        coarse = _START_GREY + _START_SPREAD * torch.randn(size, generator=dice, device=dice.device)
-        pictures = interpolate(coarse, size=self.shape[1:], mode="bicubic", align_corners=False)
-        return normalise(pictures, *self.normalisation)
-
-
-def _by_walk_or_matching(
-    method: str,
-    given: _Given,
-    settings: MatchSettings,
-    seed: int,
-    progress: Callable[[int, int, float], None] | None,
-) -> _Answer:
-    """Walk down as far as that goes, fit the rest, and match gradients where that fails too."""
-    answers = []
-    if method != "match":
-        try:
-            answers.append(_by_walk(method, given, settings, seed))
-        except IncompleteError:
-            if method != "auto":
-                raise
-    near = any(answer.certificate.relative <= _FAR for answer in answers)
-    if method in ("auto", "match") and not near:
-        answers.append(_by_matching(given, settings, seed, progress))
-    return min(answers, key=lambda answer: answer.certificate.relative)
-
-
-def _by_walk(method: str, given: _Given, settings: MatchSettings, seed: int) -> _Answer:
-    """Recover the images layer by layer, and fit them to the lowest maps where that stops."""
-    if given.feature is None:
-        raise IncompleteError("the head's input is not known", "run gradleak recover-feature first")
-    samples = len(given.labels)
-    example = torch.zeros(samples, *given.shape, device=given.labels.device)
-    limit = math.inf if settings.time_limit is None else settings.time_limit
-    walk = walk_down(
-        given.network,
-        example,
-        given.gradients,
-        given.labels,
-        given.feature,
-        thorough=False,
-        patience=limit,
+def _given(
+    bundle: Bundle, model: nn.Module | str | None, labels: Tensor, device: torch.device
+) -> Given:
+    """Gather what the attacks on a whole network take."""
+    spec = bundle.model
+    return Given(
+        network=network_of(bundle, model, device),
+        gradients=bundle.tensors(GRAD, device),
+        labels=labels,
+        feature=head_feature(bundle, device),
+        shape=input_shape(spec),
+        normalisation=normalisation_of(spec),
+        head=spec.head,
     )
-    if walk.image is not None and method != "fit":
-        return given.answer("peel", walk.image)
-    if method == "peel":
-        raise IncompleteError(
-            f"the image is out of reach by peeling: {walk.barriers[0]}",
-            "use --method fit, or --method match",
-        )
-    dice = torch.Generator(device=given.labels.device).manual_seed(seed)
-    rough = walk.guessed
-    start = given.smooth_start(dice) if rough is None else rough
-    fitted = fit_image(walk, start, seconds=limit, generator=dice, near=rough is not None)
-    answers = [given.answer("fit", image) for image in (fitted.image, rough) if image is not None]
-    return min(answers, key=lambda answer: answer.certificate.relative)
 
 
-def _by_matching(
-    given: _Given,
-    settings: MatchSettings,
-    seed: int,
-    progress: Callable[[int, int, float], None] | None,
-) -> _Answer:
-    mean, std = given.normalisation
-    match = match_gradients(
-        given.network,
-        given.gradients,
-        given.labels,
-        shape=given.shape,
-        mean=mean,
-        std=std,
-        head=given.head,
-        features=given.feature,
-        options=settings.options(given.network, given.shape),
-        generator=torch.Generator(device=given.labels.device).manual_seed(seed),
-        progress=progress,
-    )
-    return _Answer("match", match.images, given.certify(match.images), match)
-
-
-def _from_features(bundle: Bundle, labels: Tensor, device: torch.device) -> _Answer:
+def _from_features(bundle: Bundle, labels: Tensor, device: torch.device) -> Answer:
     """Read the image off the first layer's feature, and certify it along the chain."""
     spec = bundle.model
     first = spec.layers[0].name
@@ -294,4 +187,4 @@ def _from_features(bundle: Bundle, labels: Tensor, device: torch.device) -> _Ans
     if not math.isfinite(certificate.relative + certificate.precision):
         for layer in spec.layers:  # a NaN or an infinity somewhere: name it
             read.check(layer.name)
-    return _Answer("mlp", image, certificate)
+    return Answer("mlp", image, certificate)

@@ -1,0 +1,181 @@
+"""The ways from a gradient to its images: walking down, fitting what is left, matching."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from gradleak.calculus.fit import Fitted, fit_image
+from gradleak.calculus.walk import Walk, walk_down
+from gradleak.errors import IncompleteError
+from gradleak.normalisation import denormalise, normalise
+from gradleak.progress import Progress, Step
+from gradleak.reconstruction.matching import MatchResult, match_gradients
+from gradleak.reconstruction.options import MatchSettings
+from gradleak.reconstruction.resimulate import GradientResidual, check_reconstruction
+
+# An image whose gradient misses the given one by more is worth a try of matching.
+_FAR = 1e-2
+# Levels of an 8-bit picture, and how far from one a pixel may be to count as being there.
+_LEVELS, _OFF_LEVEL = 255.0, 0.3
+# The picture that a fit starts from: so many smooth blots a side, of this mean and spread.
+_START_GRID, _START_GREY, _START_SPREAD = 4, 0.5, 0.15
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Images (N, 3, H, W) by one method, with their certificate, and how they were found."""
+
+    method: str
+    images: Tensor
+    certificate: GradientResidual
+    walk: Walk | None = None
+    fitted: Fitted | None = None
+    match: MatchResult | None = None
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is known of a gradient: its network, and what the earlier stages recovered."""
+
+    network: nn.Module
+    gradients: Mapping[str, Tensor]
+    labels: Tensor
+    feature: Tensor | None
+    shape: tuple[int, int, int]
+    normalisation: tuple[Sequence[float], Sequence[float]]
+    head: str | None
+
+    def certify(self, images: Tensor) -> GradientResidual:
+        """Compare the images' own gradient with the given one."""
+        mean, std = self.normalisation
+        return check_reconstruction(self.network, self.gradients, images, self.labels, mean, std)
+
+    def answer(self, method: str, inputs: Tensor) -> Answer:
+        """Make an answer of what the network takes, ``inputs`` (N, C, H, W).
+
+        Most pictures have 8 bits. Where these all but have, they are tried with exactly those, and
+        the gradient decides.
+        """
+        images = denormalise(inputs, *self.normalisation).clamp(0.0, 1.0)
+        answer = Answer(method, images.float(), self.certify(images.float()))
+        levels = images * _LEVELS
+        if float((levels - levels.round()).abs().max()) > _OFF_LEVEL:
+            return answer
+        rounded = (levels.round() / _LEVELS).float()
+        snapped = Answer(method, rounded, self.certify(rounded))
+        return min(answer, snapped, key=lambda tried: tried.certificate.relative)
+
+    def smooth_start(self, dice: torch.Generator) -> Tensor:
+        """Return smooth random inputs (N, C, H, W): at plain grey all kinks of ReLUs meet."""
+        size = (len(self.labels), self.shape[0], _START_GRID, _START_GRID)
+        coarse = _START_GREY + _START_SPREAD * torch.randn(size, generator=dice, device=dice.device)
+        pictures = interpolate(coarse, size=self.shape[1:], mode="bicubic", align_corners=False)
+        return normalise(pictures, *self.normalisation)
+
+
+def find_images(
+    method: str,
+    given: Given,
+    settings: MatchSettings,
+    seed: int,
+    progress: Progress | None,
+) -> Answer:
+    """Walk down as far as that goes, fit the rest, and match gradients where that fails too."""
+    answers = []
+    if method != "match":
+        try:
+            answers.append(_by_walk(method, given, settings, seed, progress))
+        except IncompleteError:
+            if method != "auto":
+                raise
+    near = any(answer.certificate.relative <= _FAR for answer in answers)
+    if method in ("auto", "match") and not near:
+        answers.append(_by_matching(given, settings, seed, progress))
+    return min(answers, key=lambda answer: answer.certificate.relative)
+
+
+def _by_walk(
+    method: str, given: Given, settings: MatchSettings, seed: int, progress: Progress | None
+) -> Answer:
+    """Recover the images layer by layer, and fit them to the lowest maps where that stops."""
+    if given.feature is None:
+        raise IncompleteError("the head's input is not known", "run gradleak recover-feature first")
+    samples = len(given.labels)
+    example = torch.zeros(samples, *given.shape, device=given.labels.device)
+    limit = math.inf if settings.time_limit is None else settings.time_limit
+    walk = walk_down(
+        given.network,
+        example,
+        given.gradients,
+        given.labels,
+        given.feature,
+        thorough=False,
+        patience=limit,
+        progress=progress,
+    )
+    if walk.image is not None and method != "fit":
+        return replace(given.answer("peel", walk.image), walk=walk)
+    if method == "peel":
+        raise IncompleteError(
+            f"the image is out of reach by peeling: {walk.barriers[0]}",
+            "use --method fit, or --method match",
+        )
+    dice = torch.Generator(device=given.labels.device).manual_seed(seed)
+    rough = walk.guessed
+    start = given.smooth_start(dice) if rough is None else rough
+    fitted = fit_image(
+        walk, start, seconds=limit, generator=dice, near=rough is not None, progress=progress
+    )
+    answers = [given.answer("fit", image) for image in (fitted.image, rough) if image is not None]
+    best = min(answers, key=lambda answer: answer.certificate.relative)
+    return replace(best, walk=walk, fitted=fitted)
+
+
+def _by_matching(
+    given: Given,
+    settings: MatchSettings,
+    seed: int,
+    progress: Progress | None,
+) -> Answer:
+    mean, std = given.normalisation
+
+    def note(done: int, total: int, objective: float) -> None:
+        if progress is not None:
+            progress(Step("matching gradients", done, total, objective))
+
+    match = match_gradients(
+        given.network,
+        given.gradients,
+        given.labels,
+        shape=given.shape,
+        mean=mean,
+        std=std,
+        head=given.head,
+        features=given.feature,
+        options=settings.options(given.network, given.shape),
+        generator=torch.Generator(device=given.labels.device).manual_seed(seed),
+        progress=note,
+    )
+    return Answer("match", match.images, given.certify(match.images), match=match)
+
+
+def null_control(
+    method: str, given: Given, settings: MatchSettings, seed: int, progress: Progress | None
+) -> Answer:
+    """Run the attack on noise: gradients of the same norms, tensor by tensor, and the same label.
+
+    What the picture shows then, it does not have from the gradient.
+    """
+    dice = torch.Generator().manual_seed(seed)
+    noise = {}
+    for name, gradient in given.gradients.items():
+        drawn = torch.randn(gradient.shape, generator=dice, dtype=torch.float64)
+        size = torch.linalg.vector_norm(gradient.double()) / drawn.norm()
+        noise[name] = (drawn.to(gradient.device) * size).to(gradient.dtype)
+    return find_images(method, replace(given, gradients=noise), settings, seed, progress)
