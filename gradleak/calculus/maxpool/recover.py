@@ -19,7 +19,7 @@ from gradleak.calculus.maxpool.stem import PooledConvolution
 _FAR, _NEARER = 0.03, 0.5
 # Rounds of an attempt, for each sample and one more. An attempt whose best miss has not shrunk by a
 # tenth in so many rounds is given up.
-_ROUNDS, _PATIENCE, _PROGRESS = 25, 12, 0.9
+_ROUNDS, _PATIENCE, _PROGRESS = 25, 20, 0.9
 
 
 @dataclass(frozen=True)
