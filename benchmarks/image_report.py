@@ -157,9 +157,9 @@ def _partial(
         for row in table.rows
         if 0 < len(done.get(row.name, ())) < len(row.cases)
     ]
-    parts = [f"rows not run: {', '.join(missing)}"] if missing else []
-    parts += [f"rows cut short: {', '.join(short)}"] if short else []
-    return [f"A partial run; {'; '.join(parts)}."] if parts else []
+    lines = [f"- rows not run: {'; '.join(missing)}"] if missing else []
+    lines += [f"- rows cut short: {'; '.join(short)}"] if short else []
+    return ["A partial run:", "", *lines] if lines else []
 
 
 def _baselines(name: str, outcomes: Sequence[Outcome]) -> list[list[str]]:
