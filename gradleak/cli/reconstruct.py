@@ -47,6 +47,7 @@ _NOTHING: dict[str, object] = {
     "residual": None,
     "precision": None,
     "matching": None,
+    "estimated_psnr": None,
     "maps": [],
     "stopped": [],
     "fit": None,
@@ -259,6 +260,7 @@ def _report(source: str, outcome: ImageOutcome, written: list[str]) -> Report:
             f"{number(certificate.relative)} of the gradient, whose precision is "
             f"{number(certificate.precision)}",
         ),
+        *_estimate_rows(outcome),
         *_control_rows(outcome),
         *map_summary(outcome.maps, outcome.barriers),
         *_fit_rows(outcome),
@@ -285,6 +287,7 @@ def _report(source: str, outcome: ImageOutcome, written: list[str]) -> Report:
             "restart": match.restart,
             "stopped": match.stopped,
         },
+        "estimated_psnr": outcome.estimated and list(outcome.estimated),
         "maps": map_data(outcome.maps),
         "stopped": list(outcome.barriers),
         "fit": None
@@ -335,3 +338,10 @@ def _control_rows(outcome: ImageOutcome) -> list[tuple[str, str]]:
         return []
     missed = number(control.certificate.relative)
     return [("null control", f"noise of the same norms gives a picture that misses it by {missed}")]
+
+
+def _estimate_rows(outcome: ImageOutcome) -> list[tuple[str, str]]:
+    if outcome.estimated is None:
+        return []
+    low, high = outcome.estimated
+    return [("estimated", f"PSNR {low:.0f} to {high:.0f} dB, by the errors of the equations")]

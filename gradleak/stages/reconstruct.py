@@ -38,6 +38,7 @@ class ImageOutcome:
     with the given one to its own precision (``certificate``), else ``approximate``. ``maps`` are
     those that the walk recovered, from the head downwards, and ``barriers`` say what it did not get
     past; ``fitted`` and ``match`` tell how a fit and gradient matching went, where they were used.
+    ``estimated`` is between which PSNRs (dB) an image is that is not exact, None if nothing tells.
     ``control`` is the same attack's answer to noise, if it was asked for.
     """
 
@@ -51,6 +52,7 @@ class ImageOutcome:
     barriers: tuple[str, ...]
     fitted: Fitted | None
     match: MatchResult | None
+    estimated: tuple[float, float] | None
     control: Answer | None
     device: str
     seconds: float
@@ -135,6 +137,7 @@ def reconstruct(
         barriers=() if answer.walk is None else tuple(map(str, answer.walk.barriers)),
         fitted=answer.fitted,
         match=match,
+        estimated=None if certificate.exact else answer.estimated,
         control=noise,
         device=str(where),
         seconds=seconds,
