@@ -117,12 +117,10 @@ def grouped_reasons(outcomes: Sequence[Outcome]) -> list[tuple[int, str]]:
     """Count the reasons of outcomes, those that differ in numbers alone as one."""
     found: Counter[str] = Counter()
     for outcome in outcomes:
-        reason = outcome.reason
+        reason = re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?%?", "…", outcome.reason)
         if not reason and outcome.picture.differing == 0:
             reason = "every 8-bit value right, the PSNR below what was asked"
-        elif not reason:
-            reason = "every stage certain, and the picture another"
-        found[re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?%?", "…", reason)] += 1
+        found[reason or "every stage certain, and the picture another"] += 1
     return [(count, reason) for reason, count in found.most_common()]
 
 
@@ -157,9 +155,9 @@ def _partial(
         for row in table.rows
         if 0 < len(done.get(row.name, ())) < len(row.cases)
     ]
-    parts = [f"rows not run: {', '.join(missing)}"] if missing else []
-    parts += [f"rows cut short: {', '.join(short)}"] if short else []
-    return [f"A partial run; {'; '.join(parts)}."] if parts else []
+    lines = [f"- rows not run: {'; '.join(missing)}"] if missing else []
+    lines += [f"- rows cut short: {'; '.join(short)}"] if short else []
+    return ["A partial run:", "", *lines] if lines else []
 
 
 def _baselines(name: str, outcomes: Sequence[Outcome]) -> list[list[str]]:

@@ -29,21 +29,25 @@ def run_table(table: Table, options: argparse.Namespace) -> None:
         write_result(table.page, table.title, run, blocks, options.results)
 
     rows = [row for row in table.rows if options.row in row.name]
-    # Case by case over all rows: a run that ends early has some of each.
-    for place in range(max((len(row.cases) for row in rows), default=0)):
-        for row in rows:
-            if place >= len(row.cases) or run.seconds > 60.0 * options.minutes:
-                continue
-            beside = row.rivals or place < options.baselines
-            outcome = run_case(
-                row.cases[place],
-                match_seconds=row.seconds or options.match_seconds,
-                baseline_seconds=options.baseline_seconds if beside else 0.0,
-                factor=table.factor,
-            )
-            print(f"{table.key}, {row.name}, {line(outcome)}", flush=True)
-            done.setdefault(row.name, []).append(outcome)
-            write()
+    spent = dict.fromkeys((row.name for row in rows), 0.0)
+    while run.seconds < 60.0 * options.minutes:
+        left = [row for row in rows if len(done.get(row.name, ())) < len(row.cases)]
+        if not left:
+            break
+        # The row that had the least time: a run that ends early has some of each.
+        row = min(left, key=lambda row: spent[row.name])
+        begun, place = run.seconds, len(done.get(row.name, ()))
+        beside = row.rivals or place < options.baselines
+        outcome = run_case(
+            row.cases[place],
+            match_seconds=row.seconds or options.match_seconds,
+            baseline_seconds=options.baseline_seconds if beside else 0.0,
+            factor=table.factor,
+        )
+        print(f"{table.key}, {row.name}, {line(outcome)}", flush=True)
+        done.setdefault(row.name, []).append(outcome)
+        spent[row.name] += run.seconds - begun
+        write()
     if table.products and not options.row:
         write(*product_block(table.products, options.products))
 

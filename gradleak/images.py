@@ -125,7 +125,7 @@ def contact_sheet(rows: Sequence[Sequence[tuple[str, Tensor]]], *, scale: int) -
 
 
 def channel_strip(channels: Tensor, count: int, scale: int) -> Tensor:
-    """Lay the first ``count`` of the ``channels`` (C, H, W) side by side, grey, each by its range.
+    """Lay the first ``count`` of the ``channels`` (C, H, W) side by side, grey, by their range.
 
     Returns a picture (3, H', W') in [0, 1], each entry ``scale`` x ``scale`` pixels. Raises
     ``InputError`` where a value is not finite.
@@ -133,7 +133,7 @@ def channel_strip(channels: Tensor, count: int, scale: int) -> Tensor:
     if not bool(torch.isfinite(channels).all()):
         raise InputError("the map has values that are not finite", "nothing can be shown of it")
     shown = channels[:count].double().cpu()
-    low, high = shown.amin((1, 2), keepdim=True), shown.amax((1, 2), keepdim=True)
+    low, high = shown.amin(), shown.amax()
     grey = (shown - low) / (high - low).clamp(min=torch.finfo(torch.float64).tiny)
     large = grey.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     framed = torch.nn.functional.pad(large, (0, _CAPTION_GAP), value=1.0)

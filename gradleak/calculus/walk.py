@@ -102,7 +102,16 @@ def walk_down(
     """
     steps = trace(model, example)
     state = model.state_dict()
-    return walk_from(steps, state, gradients, labels, feature, thorough=thorough, patience=patience)
+    return walk_from(
+        steps,
+        state,
+        gradients,
+        labels,
+        feature,
+        thorough=thorough,
+        patience=patience,
+        progress=progress,
+    )
 
 
 def walk_from(
@@ -122,7 +131,16 @@ def walk_from(
         raise IncompleteError("the network does not end in a Linear layer", "give a classifier")
     logits = head.run([feature.double()], Widened(state))
     delta = (torch.softmax(logits, 1) - labels.double()) / len(labels)
-    walk = Walk(steps, state, gradients, delta, feature, thorough=thorough, patience=patience)
+    walk = Walk(
+        steps,
+        state,
+        gradients,
+        delta,
+        feature,
+        thorough=thorough,
+        patience=patience,
+        progress=progress,
+    )
     walk.run()
     return walk
 

@@ -17,7 +17,23 @@ _NOISY = 1e-5
 def map_rows(maps: Sequence[PeeledMap], barriers: Sequence[str]) -> list[tuple[str, str]]:
     """Return one row a map, what stopped the walk, and a warning where the gradient is noisy."""
     rows = [(f"input of {found.names[0]}", _line(found)) for found in maps if found.names]
-    rows += [("stopped at", barrier) for barrier in barriers]
+    return rows + _ends(maps, barriers)
+
+
+def map_summary(maps: Sequence[PeeledMap], barriers: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the same with one row for all maps."""
+    if not maps:
+        return _ends(maps, barriers)
+    worst, condition = max(m.residual for m in maps), max(m.condition for m in maps)
+    lowest = maps[-1].names[0] if maps[-1].names else "the network"
+    text = f"{len(maps)} recovered, the last one the input of {lowest}; "
+    text += f"residuals up to {worst:.2g}, condition numbers up to {condition:.2g}"
+    return [("maps", text), *_ends(maps, barriers)]
+
+
+def _ends(maps: Sequence[PeeledMap], barriers: Sequence[str]) -> list[tuple[str, str]]:
+    """Return what stopped the walk, and a warning where the gradient is noisy."""
+    rows = [("stopped at", barrier) for barrier in barriers]
     worst = max((found.residual for found in maps), default=0.0)
     if worst > _NOISY:
         text = f"residuals of {worst:.0e} show noise on the gradient or a low precision of it: "
@@ -50,7 +66,7 @@ def save_map_sheet(path: str, maps: Sequence[PeeledMap]) -> None:
         value = found.estimate.value
         if value.dim() != 4:
             continue
-        size = "×".join(map(str, value.shape[1:]))
+        size = " x ".join(map(str, value.shape[1:]))
         caption = f"{found.names[0]}: {size}, residual {found.residual:.0e}"
         scale = max(1, _SHEET_HEIGHT // value.shape[-2])
         strips = [channel_strip(sample, _CHANNELS, scale) for sample in value]

@@ -27,7 +27,7 @@ from gradleak.cli.counting import (
     count,
     refuse_without_dry_run,
 )
-from gradleak.cli.map_report import map_data, map_rows
+from gradleak.cli.map_report import map_data, map_summary
 from gradleak.cli.options import (
     ATTACK,
     OUTPUT,
@@ -277,7 +277,7 @@ def _report(source: str, outcome: ImageOutcome, written: list[str]) -> Report:
             f"{number(certificate.precision)}",
         ),
         *_control_rows(outcome),
-        *map_rows(outcome.maps, outcome.barriers),
+        *map_summary(outcome.maps, outcome.barriers),
         *_fit_rows(outcome),
         ("solved in", f"{outcome.seconds:.3g} s on {outcome.device}"),
         *(("wrote", name) for name in written),

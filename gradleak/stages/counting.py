@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -111,6 +111,10 @@ def count_leak(
         progress=progress,
     )
     layers = count_layers(walk)
+    if layers[0].verdict == "out of reach":  # the walk was told what nobody could know
+        why = f"what {layers[0].name} reads is not determined"
+        rest = [replace(row, verdict="out of reach", reason=why) for row in layers[1:]]
+        layers = (layers[0], *rest)
     image, reason = _image(walk, layers, simulated)
     return LeakCount(
         model=model if isinstance(model, str) else spec.name,
