@@ -138,10 +138,10 @@ def _why_not(walk: Walk, operation: Operation, groups: Sequence[TapGroup]) -> st
 
     Nothing arrives where the walk ended above; else it gave up at what the input was needed for.
     """
+    if walk.gradient(operation) is None:
+        return "its gradient is not there"
     if operation.output == walk.trace.logits:
         return f"{walk.shapes[operation.output][1]} classes for {walk.shapes[0][0]} samples"
-    if walk.gradient(operation) is None:
-        return "it has no gradient"
     barriers = {barrier.name: barrier for barrier in walk.barriers}
     if walk.delta(operation.output) is None:
         above = _nearest(walk, [operation.output], barriers, _above)

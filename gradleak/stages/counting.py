@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -121,8 +121,8 @@ def count_leak(
         layers=layers,
         samples=samples or 1,
         shape=input_shape(spec),
-        maps=len({layer.readers for layer in layers if layer.verdict != "out of reach"}),
-        inputs=len({layer.readers or (layer.name,) for layer in layers}),
+        maps=len(_inputs(row for row in layers if row.verdict != "out of reach")),
+        inputs=len(_inputs(layers)),
         barriers=tuple(str(barrier) for barrier in walk.barriers),
         image=image,
         reason=reason,
@@ -131,6 +131,11 @@ def count_leak(
         device=str(where),
         seconds=time.perf_counter() - start,
     )
+
+
+def _inputs(layers: Iterable[LayerCount]) -> set[tuple[str, ...]]:
+    """Return what layers read, by the names of all that read it."""
+    return {layer.readers or (layer.name,) for layer in layers}
 
 
 def _image(
@@ -165,7 +170,7 @@ def _network_of_bundle(
     drawn = bare_network(full.model, model, seed)
     held = {*full.names(PARAM), *full.names(BUFFER)}
     if weights is None and not all(name in held for name, _ in drawn.named_parameters()):
-        return drawn.to(device), full.model, True
+        return drawn.to(device), full.model, not isinstance(model, nn.Module)
     return network_of(full, model, device), full.model, False
 
 
