@@ -177,7 +177,18 @@ def test_a_layer_that_nobody_knows_ends_the_count() -> None:
     counted = count_leak(model=model, size=8)
     assert verdicts(counted) == {"5": "exact", "3": "exact", "1": "out of reach"}
     assert counted.layers[2].reason.startswith("the walk ended at softplus")
-    assert counted.image == "by a fit"
+    assert counted.image == "open"
+
+
+def test_of_a_convolution_in_groups_no_equations_are_counted() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.Sigmoid(), nn.Conv2d(8, 16, 3, 1, 1, groups=4), nn.Sigmoid(),
+        nn.Flatten(), nn.Linear(256, 10),
+    )  # fmt: skip
+    upper = count_leak(model=model, size=8).layers[1]
+    assert (upper.name, upper.groups, upper.tightest, upper.equations) == ("2", 0, None, 0)
+    assert upper.verdict == "exact with its output"
 
 
 def test_the_network_of_the_caller_stays_as_it_was() -> None:

@@ -199,7 +199,7 @@ def _cells(layer: LayerCount) -> tuple[str, str, str, str, str]:
     verdict = layer.verdict + (f": {layer.reason}" if layer.reason else "")
     return (
         "×".join(map(str, layer.shape[1:])),
-        f"{layer.equations}:{layer.unknowns}",
+        f"{'—' if tight is None else layer.equations}:{layer.unknowns}",
         group,
         number(layer.condition, 2),
         f"{verdict} (together with {', '.join(others)})" if others else verdict,

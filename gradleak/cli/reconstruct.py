@@ -177,7 +177,8 @@ def command(
     """Reconstruct the image: exactly where the network allows, else by gradient matching.
 
     Takes a bundle that recover-label and recover-feature have worked on. Exit code 0 only when the
-    finished image's own gradient is the given one to its precision, 4 for an approximation.
+    finished image's own gradient is the given one to its precision, 4 for an approximation; a dry
+    run ends with 0.
     """
     if dry_run:
         asked = Asked(model, classes, size, batch_size, weights, time_limit, device, seed)

@@ -30,7 +30,7 @@ from gradleak.progress import Progress
 from gradleak.stages.network import bare_network, input_shape, network_of
 from gradleak.stages.simulation import Simulated
 
-ImageVerdict = Literal["exact", "by a fit", "out of reach"]
+ImageVerdict = Literal["exact", "open", "out of reach"]
 # Precisions of floating-point tensors in a bundle, the coarsest first.
 _PRECISIONS = {
     "BF16": torch.bfloat16,
@@ -47,8 +47,8 @@ class LeakCount:
     ``layers`` are the layers with weights from the head downwards; ``maps`` counts the inputs that
     the walk recovered, of ``inputs`` in all, and ``barriers`` say what it did not get past.
     ``image`` is ``exact`` where the walk recovered the simulated pictures in all 8-bit pixels,
-    ``by a fit`` where it ended above, and what it found has, with the gradients below, at least as
-    many equations as there are pixels. ``precision`` is that of the gradient.
+    ``open`` where it ended above, and what it found has, with the gradients below, at least as many
+    equations as there are pixels. ``precision`` is that of the gradient.
     """
 
     model: str | None
@@ -155,7 +155,7 @@ def _image(
     equations, unknowns = rest.equations(), math.prod(walk.shapes[0])
     lowest = ", ".join(cut.name for cut in rest.cuts)
     text = f"a fit to the output of {lowest} has {equations} equations for {unknowns} pixels"
-    return ("by a fit" if equations >= unknowns else "out of reach"), text
+    return ("open" if equations >= unknowns else "out of reach"), text
 
 
 def _network_of_bundle(
