@@ -8,6 +8,7 @@ what it found (``outcome.bundle``)::
     features = gradleak.recover_feature(labelled.bundle)
     pictures = gradleak.reconstruct(features.bundle)
 
+``count_leak`` says beforehand how much of an image a network's gradient gives away;
 ``bundle_of_step`` makes a bundle of a training step's own gradients, ``recover_labels`` takes many
 bundles at once. Names are imported when first used: importing gradleak does not import torch.
 """
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from gradleak.errors import GradleakError, IncompleteError, InputError, UsageError
     from gradleak.models.spec import ModelSpec
     from gradleak.stages.capture import bundle_of_step, capture
+    from gradleak.stages.counting import count_leak
     from gradleak.stages.feature import recover_feature
     from gradleak.stages.label import recover_label, recover_labels
     from gradleak.stages.reconstruct import reconstruct
@@ -38,6 +40,7 @@ __all__ = [
     "__version__",
     "bundle_of_step",
     "capture",
+    "count_leak",
     "reconstruct",
     "recover_feature",
     "recover_label",
@@ -48,6 +51,7 @@ _HOMES = {
     "Bundle": "gradleak.bundle",
     "bundle_of_step": "gradleak.stages.capture",
     "capture": "gradleak.stages.capture",
+    "count_leak": "gradleak.stages.counting",
     "GradleakError": "gradleak.errors",
     "IncompleteError": "gradleak.errors",
     "InputError": "gradleak.errors",

@@ -57,7 +57,8 @@ class PeeledMap:
     """The input (N, …) of the layers ``names``, with what its equations say of it.
 
     ``equations`` and ``unknowns`` are those of one channel; ``changed`` counts the units of the
-    rectifier above that were settled against their first reading.
+    rectifier above that were settled against their first reading. ``with_output`` says that what is
+    known of the layers' outputs was needed besides.
     """
 
     names: tuple[str, ...]
@@ -67,6 +68,7 @@ class PeeledMap:
     condition: float
     residual: float
     changed: int
+    with_output: bool = False
 
 
 @dataclass(frozen=True)
@@ -344,7 +346,7 @@ class Walk:
                 )
             solution = solve_jointly(equations, forward, shape, self._noise)
             if solution.determined:
-                return self._keep(tensor, readers, equations, solution, 0)
+                return self._keep(tensor, readers, equations, solution, 0, with_output=True)
         beside = sum(part.count() for part in forward)
         raise Stopped(
             f"{rows} equations for {unknowns} unknowns a channel"
@@ -389,6 +391,8 @@ class Walk:
         equations: Sequence[LayerEquations],
         solution: Solution,
         changed: int,
+        *,
+        with_output: bool = False,
     ) -> Estimate:
         """Take down a solved tensor; raises :class:`Stopped` where it does not fit at all."""
         if solution.residual > _LOST:
@@ -406,6 +410,7 @@ class Walk:
                 condition=solution.condition,
                 residual=solution.residual,
                 changed=changed,
+                with_output=with_output,
             )
         )
         return estimate
@@ -426,7 +431,8 @@ class Walk:
         shape = self.shapes[tensor]
         rows = 0 if gradient is None else gradient[:, 0].numel()
         unknowns = math.prod(shape) // shape[1]
-        self._note(PeeledMap((operation.name,), estimate, rows, unknowns, condition, residual, 0))
+        names = (operation.name,)
+        self._note(PeeledMap(names, estimate, rows, unknowns, condition, residual, 0, True))
 
     def _note(self, found: PeeledMap) -> None:
         """Take down a recovered map."""

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TextIO
+from typing import TYPE_CHECKING, BinaryIO, NoReturn, TextIO
 
 import typer
 
@@ -109,7 +109,7 @@ class Console:
             }
             print(json.dumps(data), file=stream, flush=True)
 
-    def finish(self) -> None:
+    def finish(self) -> NoReturn:
         """Leave with the highest exit code seen."""
         raise typer.Exit(max(self.codes, default=0))
 

@@ -18,6 +18,15 @@ from gradleak.cli.common import (
     number,
     run_stage,
 )
+from gradleak.cli.counting import (
+    Asked,
+    BatchSize,
+    Classes,
+    DryRun,
+    Size,
+    count,
+    refuse_without_dry_run,
+)
 from gradleak.cli.map_report import map_data, map_summary
 from gradleak.cli.options import (
     ATTACK,
@@ -155,6 +164,10 @@ def command(
             rich_help_panel=ATTACK,
         ),
     ] = False,
+    dry_run: DryRun = False,
+    classes: Classes = None,
+    size: Size = None,
+    batch_size: BatchSize = None,
     model: Model = None,
     weights: Weights = None,
     json: Json = False,
@@ -165,8 +178,13 @@ def command(
     """Reconstruct the image: exactly where the network allows, else by gradient matching.
 
     Takes a bundle that recover-label and recover-feature have worked on. Exit code 0 only when the
-    finished image's own gradient is the given one to its precision, 4 for an approximation.
+    finished image's own gradient is the given one to its precision, 4 for an approximation; a dry
+    run ends with 0.
     """
+    if dry_run:
+        asked = Asked(model, classes, size, batch_size, weights, time_limit, device, seed)
+        count(context, inputs, asked, [output, sheet], Console(json=json, quiet=quiet))
+    refuse_without_dry_run(classes, size, batch_size)
     sources = choose_inputs(context, inputs)
     bundles, pictures = _split_outputs(output or [], sources)
     if sheet == STDIO:

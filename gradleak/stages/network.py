@@ -17,22 +17,7 @@ from gradleak.models.spec import ModelSpec
 
 def network_of(bundle: Bundle, model: nn.Module | str | None, device: torch.device) -> nn.Module:
     """Build or take the network and give it the bundle's parameters and buffers."""
-    spec = bundle.model
-    if isinstance(model, nn.Module):
-        network = copy.deepcopy(model)  # the caller's stays as it is
-    else:
-        name = model or spec.name
-        if name is None:
-            raise IncompleteError(
-                "the bundle does not say which network it is of", "name it with --model"
-            )
-        if ":" in name and model is None:
-            raise UsageError(
-                f"the bundle names the network {name}, and a file's word imports no code",
-                f"repeat it if you trust it: --model {name}",
-            )
-        size = spec.input_shape[-1] if spec.input_shape else None
-        network = build_model(name, classes=spec.classes, size=size, options=spec.options)
+    network = bare_network(bundle.model, model)
     state = {**bundle.tensors(BUFFER), **bundle.tensors(PARAM)}
     if not any(name in state for name, _ in network.named_parameters()):
         raise IncompleteError("the bundle holds no weights", "give them with --weights FILE")
@@ -50,6 +35,29 @@ def network_of(bundle: Bundle, model: nn.Module | str | None, device: torch.devi
             )
     network.load_state_dict({n: t for n, t in state.items() if n in own}, strict=False)
     return network.to(device).eval()
+
+
+def bare_network(spec: ModelSpec, model: nn.Module | str | None, seed: int = 0) -> nn.Module:
+    """Build or take the network that ``spec`` tells of, its weights drawn from ``seed``.
+
+    ``model`` is the module itself or a name that comes before the recorded one. Raises
+    :class:`IncompleteError` where no network is named, :class:`UsageError` for one that cannot be
+    built, or whose import the user has not asked for.
+    """
+    if isinstance(model, nn.Module):
+        return copy.deepcopy(model)  # the caller's stays as it is
+    name = model or spec.name
+    if name is None:
+        raise IncompleteError(
+            "the bundle does not say which network it is of", "name it with --model"
+        )
+    if ":" in name and model is None:
+        raise UsageError(
+            f"the bundle names the network {name}, and a file's word imports no code",
+            f"repeat it if you trust it: --model {name}",
+        )
+    size = spec.input_shape[-1] if spec.input_shape else None
+    return build_model(name, classes=spec.classes, size=size, options=spec.options, seed=seed)
 
 
 def head_feature(bundle: Bundle, device: torch.device) -> Tensor | None:
