@@ -245,8 +245,8 @@ def test_a_bundles_word_imports_no_code(tmp_path: Path) -> None:
         assert done.code == 2
         assert "no code; repeat it if you trust it: --model own_net:make" in done.line
         assert not imported.exists()
-        done = run_cli("reconstruct", "b.safetensors", *own, "--steps", 2, "-q", cwd=tmp_path)
-        assert (done.code, done.err) == (4, "")
+        done = run_cli("reconstruct", "b.safetensors", *own, "--time-limit", 20, "-q", cwd=tmp_path)
+        assert (done.code, done.err) == (0, "")
         assert imported.exists()
     finally:
         sys.modules.pop("own_net", None)
