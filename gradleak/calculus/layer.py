@@ -53,6 +53,9 @@ class Walking(Protocol):
     def usual(self) -> float:
         """The relative residual that the layers solved so far have left."""
 
+    def delta(self, tensor: int) -> Tensor | None:
+        """Return ∂loss/∂tensor, None where it was not reached."""
+
     def gradient(self, operation: Operation) -> Tensor | None:
         """Return the gradient (O, C, T taps) of an operation's weight, None where there is none."""
 

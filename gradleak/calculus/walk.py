@@ -9,8 +9,7 @@ it on that path is out of reach, and the walk says which it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +18,17 @@ from gradleak.calculus.gates import Gate, GatedLayer, read_gate, settle
 from gradleak.calculus.joint import solve_jointly, too_many
 from gradleak.calculus.layer import Estimate, Layer, Stopped, layer_of
 from gradleak.calculus.pooled import pooled_gate
+from gradleak.calculus.readers import (
+    forward_equations,
+    gated_layer,
+    gradient_equations,
+    planes,
+    weight_of,
+)
+from gradleak.calculus.record import Barrier, PeeledMap
 from gradleak.calculus.solve import LayerEquations, Solution, solve_input
 from gradleak.calculus.trace import Operation, Trace, trace
-from gradleak.calculus.weighted import ForwardEquations, Taps
+from gradleak.calculus.widened import Widened
 from gradleak.errors import IncompleteError
 from gradleak.progress import Progress, Step
 
@@ -32,54 +39,6 @@ _LOST = 0.05
 _ROUNDINGS, _JUMP = 80.0, 2.0
 # Roundings of the gradient that every residual may have.
 _USUAL = 4.0
-
-
-class Widened(Mapping[str, Tensor]):
-    """Tensors by name, in float64 while somebody looks at them."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        """Wrap ``tensors`` of any dtype."""
-        self._tensors = tensors
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self._tensors[name]
-        return tensor.double() if tensor.is_floating_point() else tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-
-@dataclass(frozen=True)
-class PeeledMap:
-    """The input (N, …) of the layers ``names``, with what its equations say of it.
-
-    ``equations`` and ``unknowns`` are those of one channel; ``changed`` counts the units of the
-    rectifier above that were settled against their first reading. ``with_output`` says that what is
-    known of the layers' outputs was needed besides.
-    """
-
-    names: tuple[str, ...]
-    estimate: Estimate
-    equations: int
-    unknowns: int
-    condition: float
-    residual: float
-    changed: int
-    with_output: bool = False
-
-
-@dataclass(frozen=True)
-class Barrier:
-    """An operation that the walk did not get past, and ``why``."""
-
-    name: str
-    why: str
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.why}"
 
 
 def walk_down(
@@ -245,12 +204,12 @@ class Walk:
     def mask(self, operation: Operation) -> Tensor:
         """Return which units (N, …) of a rectifier were open."""
         if operation.output not in self._masks:
-            below = self._gated(operation)
+            below = gated_layer(operation, self)
             gate = self._read(operation, None if below is None else below[1][1])
             mask = gate.mask
             if below is not None:
                 tensor, (maker, layer), readers = below
-                others = self._equations([r for r in readers if r is not maker])
+                others = gradient_equations([r for r in readers if r is not maker], self)
                 allowed = max(_ROUNDINGS * self._unit, _JUMP * self._noise)
                 settled = settle(gate, layer, others, allowed)
                 mask = settled.mask
@@ -266,7 +225,7 @@ class Walk:
         if settled is not None:
             return settled
         value = self.value(operation.output)
-        gate = read_gate(_planes(value.value), _planes(value.std))
+        gate = read_gate(planes(value.value), planes(value.std))
         return gate.mask.view(self.shapes[operation.output])
 
     def _read(self, operation: Operation, below: GatedLayer | None) -> Gate:
@@ -278,7 +237,7 @@ class Walk:
             if gate is None:
                 raise
             return gate
-        return read_gate(_planes(value.value), _planes(value.std))
+        return read_gate(planes(value.value), planes(value.std))
 
     def _layer(self, operation: Operation) -> Layer:
         layer = layer_of(operation.kind)
@@ -290,7 +249,7 @@ class Walk:
         """Return the value that a reader of ``tensor`` hands down from its own output."""
         for reader in self.trace.users(tensor):
             layer = layer_of(reader.kind)
-            if layer is None or len(reader.inputs) != 1 or self._weight(reader) is not None:
+            if layer is None or len(reader.inputs) != 1 or weight_of(reader) is not None:
                 continue
             try:
                 found = layer.value_below(reader, self.value(reader.output), self)
@@ -300,25 +259,9 @@ class Walk:
                 return found
         return None
 
-    def _weight(self, operation: Operation) -> str | None:
-        """Return the name of an operation's weight, None without one."""
-        layer = layer_of(operation.kind)
-        return None if layer is None else layer.weight(operation)
-
-    def _equations(self, readers: Sequence[Operation]) -> list[LayerEquations]:
-        """Return the equations of those ``readers`` whose δ and gradient are there."""
-        found = []
-        for reader in readers:
-            layer, delta = layer_of(reader.kind), self._deltas.get(reader.output)
-            gradient = self.gradient(reader)
-            window = None if layer is None else layer.window(reader, self)
-            if delta is not None and gradient is not None and window is not None:
-                found.append(LayerEquations(window, _planes(delta), gradient))
-        return found
-
     def gradient(self, operation: Operation) -> Tensor | None:
         """Return the gradient (O, C, T) of an operation's weight, None where there is none."""
-        name = self._weight(operation)
+        name = weight_of(operation)
         if name is None or name not in self.gradients:
             return None
         gradient = self.gradients[name]
@@ -327,8 +270,8 @@ class Walk:
     def _solved(self, tensor: int) -> Estimate:
         """Recover a tensor from what the layers that read it know: their gradients and outputs."""
         readers = self.trace.users(tensor)
-        equations = self._equations(readers)
-        forward = self._forward(readers)
+        equations = gradient_equations(readers, self)
+        forward = forward_equations(readers, self)
         if not equations and not forward:
             raise Stopped("no gradient says what its output was")
         shape = self.shapes[tensor]
@@ -353,36 +296,6 @@ class Walk:
             + (f" and {beside} from its output" if beside else "")
             + ("" if count < math.prod(shape) else ", not independent")
         )
-
-    def _forward(self, readers: Sequence[Operation]) -> list[ForwardEquations]:
-        """Return what is known of the outputs of those ``readers`` that have weights."""
-        found = []
-        for reader in readers:
-            if self._weight(reader) is None:
-                continue
-            try:
-                output = self.value(reader.output)
-            except Stopped:
-                continue
-            known = output.known
-            if known is None:
-                known = torch.ones_like(output.value, dtype=torch.bool)
-
-            def apply(x: Tensor, reader: Operation = reader) -> Tensor:
-                return reader.run([x], self.state)
-
-            taps = self._taps(reader)
-            found.append(ForwardEquations(apply, output.value, output.std, known, taps))
-        return found
-
-    def _taps(self, reader: Operation) -> Taps | None:
-        """Return the windows and the weight of a reader, None where they are not known."""
-        layer, name = layer_of(reader.kind), self._weight(reader)
-        window = None if layer is None else layer.window(reader, self)
-        if name is None or window is None:
-            return None
-        weight = self.state[name]
-        return Taps(window, weight.reshape(*weight.shape[:2], -1))
 
     def _keep(
         self,
@@ -440,40 +353,3 @@ class Walk:
         if self._progress is not None:
             phase = f"walk: {found.names[0] if found.names else 'image'}"
             self._progress(Step(phase, len(self.maps), None, found.residual))
-
-    def _gated(
-        self, operation: Operation
-    ) -> tuple[int, tuple[Operation, GatedLayer], list[Operation]] | None:
-        """Find the layer below a rectifier whose gradient settles its mask, the best counted one.
-
-        Returns the tensor that it reads, the layer and its equations, and all readers of it.
-        """
-        found = []
-        waiting = [(operation.inputs[0], self._deltas[operation.output])]
-        while waiting:
-            tensor, delta = waiting.pop()
-            maker = self.trace.producer(tensor)
-            # What others read besides has a δ of its own, which is not gated.
-            if maker is None or len(self.trace.users(tensor)) > 1:
-                continue
-            layer = layer_of(maker.kind)
-            gradient = self.gradient(maker)
-            if layer is not None and gradient is not None:
-                window = layer.window(maker, self)
-                if window is not None:
-                    found.append((maker, GatedLayer(window, _planes(delta), gradient)))
-            elif layer is not None and layer.elementwise and not isinstance(layer, type(self)):
-                try:
-                    waiting += layer.delta_below(maker, delta, self).items()
-                except Stopped:
-                    continue
-        if not found:
-            return None
-        best = max(found, key=lambda item: item[1].coefficient.shape[1] * item[1].window.taps)
-        tensor = best[0].inputs[0]
-        return tensor, best, self.trace.users(tensor)
-
-
-def _planes(tensor: Tensor) -> Tensor:
-    """Return a tensor (N, C, …) as (N, C, places)."""
-    return tensor.reshape(*tensor.shape[:2], -1)

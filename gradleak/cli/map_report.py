@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gradleak.calculus.walk import PeeledMap
+    from gradleak.calculus.record import PeeledMap
 
 _CHANNELS, _SHEET_HEIGHT = 16, 48
 # A residual of so many roundings of float32 shows noise or a coarser precision.

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from gradleak.bundle import FEATURE, GRAD, LABEL, Bundle, StageRecord
-from gradleak.calculus.walk import PeeledMap, walk_down
+from gradleak.calculus.record import PeeledMap
+from gradleak.calculus.walk import walk_down
 from gradleak.device import resolve_device
 from gradleak.errors import IncompleteError
 from gradleak.head import with_weights

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gradleak.bundle import FEATURE, GRAD, IMAGE, LABEL, Bundle, StageRecord
 from gradleak.calculus.fit import Fitted
-from gradleak.calculus.walk import PeeledMap
+from gradleak.calculus.record import PeeledMap
 from gradleak.device import resolve_device
 from gradleak.errors import IncompleteError, InputError, UsageError
 from gradleak.head import parameter_name, with_weights
