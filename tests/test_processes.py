@@ -111,7 +111,7 @@ def test_an_end_from_outside_leaves_nothing_behind(
     assert process.stdin is not None
     process.stdin.write(before)
     process.stdin.close()
-    assert b"gradient matching" in until(terminal, b"gradient matching")  # the progress bar
+    assert b"matching gradients" in until(terminal, b"matching gradients")  # the progress bar
     process.send_signal(number)
     shown = until(terminal, b"interrupted").decode()
     assert process.wait(30) == code

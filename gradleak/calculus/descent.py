@@ -46,11 +46,15 @@ class DescentOptions:
 
 @dataclass(frozen=True)
 class Descended:
-    """Where a descent ended: the image ``x``, the sum of squares there, and how many ``steps``."""
+    """Where a descent ended after so many ``steps``: the image ``x``, and the sum of ``squares``.
+
+    It is ``done`` where that is small enough, or the image was accepted.
+    """
 
     x: Tensor
     squares: float
     steps: int
+    done: bool
 
 
 def descend(
@@ -60,14 +64,16 @@ def descend(
     *,
     generator: torch.Generator,
     progress: Callable[[int, float], None] | None = None,
+    accepted: Callable[[Tensor], bool] | None = None,
 ) -> Descended:
     """Minimise the sum of squares of ``residuals`` from ``start`` (N, C, H, W).
 
-    ``progress`` is called after each step with its number and the sum of squares.
+    ``progress`` is called after each step with its number and the sum of squares; the descent ends
+    early at an image that is ``accepted``.
     """
     ends = time.monotonic() + options.seconds
     here = _Point(residuals, start)
-    damping, idle, step = options.damping, 0, 0
+    damping, idle, step, taken = options.damping, 0, 0, False
     curvature = here.curvature(generator)
     while step < options.steps and here.squares > options.enough and time.monotonic() < ends:
         down = -here.pull(here.left)
@@ -88,9 +94,10 @@ def descend(
         step += 1
         if progress is not None:
             progress(step, here.squares)
-        if idle == _IDLE:
+        taken = accepted is not None and accepted(here.x)
+        if taken or idle == _IDLE:
             break
-    return Descended(here.x, here.squares, step)
+    return Descended(here.x, here.squares, step, taken or here.squares <= options.enough)
 
 
 class _Point:

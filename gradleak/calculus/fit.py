@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -52,13 +53,14 @@ def fit_image(
     seconds: float,
     generator: torch.Generator,
     near: bool = False,
+    accepted: Callable[[Tensor], bool] | None = None,
     progress: Progress | None = None,
 ) -> Fitted:
     """Fit the input of the network behind a finished ``walk``, from ``start`` (N, C, H, W).
 
-    A start that is ``near`` has its large structures right. ``seconds`` bounds the time.
-    ``progress`` is called with every step. Raises :class:`IncompleteError` where no map below the
-    logits was recovered.
+    A start that is ``near`` has its large structures right. ``seconds`` bounds the time, and an
+    image that is ``accepted`` ends it. ``progress`` is called with every step. Raises
+    :class:`IncompleteError` where no map below the logits was recovered.
     """
     fit = _Fit(time.monotonic() + seconds, generator, progress)
     rough = RemainingNetwork(walk, dtype=torch.float32)
@@ -75,14 +77,14 @@ def fit_image(
         )
     x = _resized(x, size)
     enough = _enough(rough, torch.float32)
-    x = fit.descend("maps", rough.missed_maps, x, replace(_MAPS, enough=enough))
-    if fit.squares > enough:
-        x = fit.descend("gradients", rough.missed, x, replace(_GRADIENTS, enough=enough))
+    x = fit.descend("maps", rough.missed_maps, x, replace(_MAPS, enough=enough), accepted)
+    if not fit.done:
+        x = fit.descend("gradients", rough.missed, x, replace(_GRADIENTS, enough=enough), accepted)
     fine = RemainingNetwork(walk)
     x = x.double()
-    if fit.squares > enough:
+    if not fit.done:
         enough = _enough(fine, torch.float64)
-        x = fit.descend("float64", fine.missed, x, replace(_LAST, enough=enough))
+        x = fit.descend("float64", fine.missed, x, replace(_LAST, enough=enough), accepted)
     left = [float(part.square().sum()) for part in fine.missed_maps(x)]
     return Fitted(
         image=x,
@@ -99,14 +101,19 @@ class _Fit:
 
     def __init__(self, ends: float, generator: torch.Generator, progress: Progress | None) -> None:
         self._ends, self._generator, self._progress = ends, generator, progress
-        self.squares, self.steps = math.inf, 0
+        self.done, self.steps = False, 0
 
     def left(self) -> float:
         """Return the seconds left."""
         return max(self._ends - time.monotonic(), 0.0)
 
     def descend(
-        self, phase: str, residuals: Residuals, x: Tensor, options: DescentOptions
+        self,
+        phase: str,
+        residuals: Residuals,
+        x: Tensor,
+        options: DescentOptions,
+        accepted: Callable[[Tensor], bool] | None = None,
     ) -> Tensor:
         """Descend from ``x`` as long as there is time, and return where that ended."""
 
@@ -115,8 +122,10 @@ class _Fit:
                 self._progress(Step(f"fit: {phase}", step, options.steps, squares))
 
         options = replace(options, seconds=min(options.seconds, self.left()))
-        found = descend(residuals, x, options, generator=self._generator, progress=note)
-        self.squares, self.steps = found.squares, self.steps + found.steps
+        found = descend(
+            residuals, x, options, generator=self._generator, progress=note, accepted=accepted
+        )
+        self.done, self.steps = found.done, self.steps + found.steps
         return found.x
 
 

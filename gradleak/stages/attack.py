@@ -76,12 +76,23 @@ class Given:
         """
         images = denormalise(inputs, *self.normalisation).clamp(0.0, 1.0)
         answer = Answer(method, images.float(), self.certify(images.float()))
-        levels = images * _LEVELS
-        if float((levels - levels.round()).abs().max()) > _OFF_LEVEL:
+        rounded = self.rounded(images)
+        if rounded is None:
             return answer
-        rounded = (levels.round() / _LEVELS).float()
         snapped = Answer(method, rounded, self.certify(rounded))
         return min(answer, snapped, key=lambda tried: tried.certificate.relative)
+
+    def rounded(self, images: Tensor) -> Tensor | None:
+        """Return ``images`` in [0, 1] with exactly 8 bits, None where they are not near that."""
+        levels = images * _LEVELS
+        if float((levels - levels.round()).abs().max()) > _OFF_LEVEL:
+            return None
+        return (levels.round() / _LEVELS).float()
+
+    def is_read(self, inputs: Tensor) -> bool:
+        """Return whether ``inputs`` are pictures of 8 bits already whose gradient is the given."""
+        rounded = self.rounded(denormalise(inputs, *self.normalisation).clamp(0.0, 1.0))
+        return rounded is not None and self.certify(rounded).exact
 
     def smooth_start(self, dice: torch.Generator) -> Tensor:
         """Return smooth random inputs (N, C, H, W): at plain grey all kinks of ReLUs meet."""
@@ -145,7 +156,13 @@ def _by_walk(
     rough = walk.guessed
     start = given.smooth_start(dice) if rough is None else rough
     fitted = fit_image(
-        walk, start, seconds=limit, generator=dice, near=rough is not None, progress=progress
+        walk,
+        start,
+        seconds=limit,
+        generator=dice,
+        near=rough is not None,
+        accepted=given.is_read,
+        progress=progress,
     )
     answers = [given.answer("fit", image) for image in (fitted.image, rough) if image is not None]
     best = min(answers, key=lambda answer: answer.certificate.relative)
