@@ -16,7 +16,7 @@ from torch import Tensor
 from gradleak.activations import activation
 from gradleak.errors import IncompleteError
 from gradleak.labels.factorise import leading_triple
-from gradleak.linalg import matvec, outer_residual, rmatvec
+from gradleak.linalg import matvec, outer_residual, rank_one_fit, rmatvec
 from gradleak.models.spec import LinearLayer
 
 _STARTS = 8
@@ -83,11 +83,10 @@ def peel_linear_layers(
         if isinstance(found, str) or gradient is None:
             why = found if isinstance(found, str) else "no gradient of it"
             return Peeling(tuple(peeled), f"{layer.name}: {why}")
-        delta, square = found, found.square().sum()
-        if not float(square) > 0.0:
+        delta = found
+        if not float(delta.square().sum()) > 0.0:
             return Peeling(tuple(peeled), f"{layer.name}: no delta passes its activation")
-        below = rmatvec(gradient, delta) / square
-        residual = outer_residual(gradient, delta, below)
+        below, residual = rank_one_fit(gradient, delta)
         forward = _forward_error(layer, read, below, feature)
         if not forward <= _CONSISTENT:
             why = f"its output, computed from its input, misses the layer above by {forward:.1%}"

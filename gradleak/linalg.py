@@ -13,6 +13,8 @@ _BLOCK, _ONCE = 1 << 18, 1 << 20
 _GPU_BLOCK = 1 << 26
 _RUN = 64
 _SAMPLE = 256
+# A relative residual that is told to three digits by any of two norms that differ by it.
+_LITTLE = 1e-3
 
 
 def precision(dtype: torch.dtype) -> float:
@@ -105,21 +107,75 @@ def outer_residual(matrix: Tensor, left: Tensor, right: Tensor) -> float:
     summed in float64: the result is right down to that precision, which is all the matrix can be
     compared to.
     """
-    wide = torch.promote_types(matrix.dtype, torch.float32)
-    # In units of the product's own size, or the squares of a small gradient would underflow.
-    size = left.abs().amax() * right.abs().amax()
-    unit = torch.where(size > 0, size, torch.ones_like(size)).to(wide)
-    left, right = left.to(wide) / unit, right.to(wide)
-    rest = total = torch.zeros((), dtype=torch.float64, device=matrix.device)
-    for rows in row_blocks(matrix, _ONCE):
-        block = matrix[rows].to(wide) / unit
-        difference = torch.addr(block, left[rows], right, alpha=-1.0)
+    unit = _unit(left, right)
+    rest = _zero(matrix)
+    for _, difference in _differences(matrix, left, right, unit):
         rest = rest + _square(difference)
-        total = total + _square(block)
+    outer = (left / unit).square().sum() * right.square().sum()
+    if float(rest) < _LITTLE**2 * float(outer):
+        return _relative(rest, outer)  # ‖l rᵀ‖ is ‖M‖ to so many digits
+    total = _zero(matrix)
+    for rows in row_blocks(matrix, _ONCE):
+        total = total + _square(matrix[rows].to(unit.dtype) / unit)
+    return _relative(rest, total)
+
+
+def rank_one_fit(matrix: Tensor, left: Tensor) -> tuple[Tensor, float]:
+    """Return the r (K,) that minimises ‖M − l rᵀ‖ for (R, K), (R,), and ‖M − l rᵀ‖ / ‖M‖ there.
+
+    A large matrix is looked at once: the row of the largest l gives a first r, and what it leaves
+    of the others gives the correction, the rest and ‖M‖. Of a matrix of rank one it leaves
+    roundings, so that float32 sums are exact enough: r (float64) is as good as summed in float64.
+    """
+    highest = int(left.abs().argmax())
+    first = matrix[highest].double() / left[highest]
+    unit = _unit(left, first)
+    square = left @ left
+    pulled, rest = torch.zeros_like(first), _zero(matrix)
+    for rows, difference in _differences(matrix, left, first, unit):
+        pulled += left[rows].to(difference.dtype) @ difference
+        rest = rest + _square(difference)
+    # With D = (M − l firstᵀ) / unit, all else follows from its size and from lᵀD.
+    outer = first / unit
+    total = rest + 2.0 * (pulled @ outer) + square * (outer @ outer)
+    least = (rest - pulled @ pulled / square).clamp(min=0.0)
+    return first + unit * pulled / square, _relative(least, total)
+
+
+def _differences(
+    matrix: Tensor, left: Tensor, right: Tensor, unit: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield row slices of M and (M − l rᵀ) / unit there, in at least float32.
+
+    All differences are in the same memory, which the next one overwrites.
+    """
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    left, right = (left / unit).to(wide), right.to(wide)
+    scale, room = 1.0 / float(unit), None
+    for rows in row_blocks(matrix, _ONCE):
+        block = matrix[rows].to(wide)
+        if room is None:
+            room = torch.empty_like(block)
+        out = room[: len(block)]
+        yield rows, torch.addr(block, left[rows], right, beta=scale, alpha=-1.0, out=out)
+
+
+def _unit(left: Tensor, right: Tensor) -> Tensor:
+    """Return the size of l rᵀ: in other units the squares of a small gradient would underflow."""
+    size = left.abs().amax() * right.abs().amax()
+    ends = torch.finfo(torch.float32)
+    return torch.where(size > 0, size.clamp(ends.tiny, ends.max), torch.ones_like(size))
+
+
+def _zero(like: Tensor) -> Tensor:
+    return torch.zeros((), dtype=torch.float64, device=like.device)
+
+
+def _relative(rest: Tensor, total: Tensor) -> float:
     return 0.0 if float(total) == 0.0 else float((rest / total).sqrt())
 
 
 def _square(block: Tensor) -> Tensor:
-    # Row by row in the block's precision, over the rows in float64: digits enough for a residual.
-    square: Tensor = torch.linalg.vecdot(block, block).double().sum()
-    return square
+    # In the block's precision: digits enough for a residual.
+    flat = block.flatten()
+    return (flat @ flat).double()
