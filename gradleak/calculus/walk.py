@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gradleak.calculus.gates import Gate, GatedLayer, read_gate, settle
 from gradleak.calculus.joint import solve_jointly, too_many
 from gradleak.calculus.layer import Estimate, Layer, Stopped, layer_of
+from gradleak.calculus.logits import rounded_delta
 from gradleak.calculus.pooled import pooled_gate
 from gradleak.calculus.readers import (
     forward_equations,
@@ -39,6 +40,8 @@ _LOST = 0.05
 _ROUNDINGS, _JUMP = 80.0, 2.0
 # Roundings of the gradient that every residual may have.
 _USUAL = 4.0
+# After so many maps, a gated layer whose residual is that many times the usual has a wrong mask.
+_SURE, _TORN = 3, 300.0
 
 
 def walk_down(
@@ -90,6 +93,9 @@ def walk_from(
         raise IncompleteError("the network does not end in a Linear layer", "give a classifier")
     logits = head.run([feature.double()], Widened(state))
     delta = (torch.softmax(logits, 1) - labels.double()) / len(labels)
+    name = weight_of(head)
+    if name is not None and name in gradients:
+        delta = rounded_delta(delta, feature.double(), gradients[name])
     walk = Walk(
         steps,
         state,
@@ -213,6 +219,12 @@ class Walk:
                 allowed = max(_ROUNDINGS * self._unit, _JUMP * self._noise)
                 settled = settle(gate, layer, others, allowed)
                 mask = settled.mask
+                torn = settled.solution.residual > _TORN * self.usual and len(self.maps) >= _SURE
+                if settled.solution.determined and torn:
+                    raise Stopped(
+                        f"its mask is not settled: the best leaves {settled.solution.residual:.1e} "
+                        f"of the gradient, layers above {self._noise:.1e}"
+                    )
                 if settled.solution.determined:
                     equations = [layer.equations(mask), *others]
                     self._keep(tensor, readers, equations, settled.solution, settled.changed)
