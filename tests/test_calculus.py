@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from gradleak.calculus.gates import GatedLayer, read_gate, settle
 from gradleak.calculus.layer import layer_of
+from gradleak.calculus.logits import rounded_delta
 from gradleak.calculus.pooled import pooled_gate
 from gradleak.calculus.trace import trace
 from gradleak.calculus.window import Window
@@ -140,6 +141,31 @@ def test_an_mlp_gives_its_images(activation: Callable[[], nn.Module], samples: i
     assert not walk.barriers
     assert walk.image is not None
     assert float((walk.image - case.images).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_network_that_is_sure_of_a_hard_label_gives_its_maps(samples: int) -> None:
+    torch.manual_seed(0)
+    model = Residual()
+    with torch.no_grad():
+        model.fc.bias[0] += 11.0  # of p − 1 float32 keeps three digits or four
+    case = Case(model, 16, samples)
+    walk = case.walk()
+    assert walk.maps
+    assert max(found.residual for found in walk.maps) < 1e-5
+    assert case.check(walk, 1e-3)[:3] == ["two", "one", "short"]
+
+
+def test_the_delta_of_a_head_is_computed_where_its_gradient_is_noisier() -> None:
+    dice = torch.Generator().manual_seed(0)
+    feature = torch.rand((2, 40), generator=dice, dtype=torch.float64)
+    exact = torch.softmax(torch.randn((2, 10), generator=dice, dtype=torch.float64), 1) - 0.1
+    rounded = exact.float().double() * (1.0 + 1e-4)  # as a client's arithmetic might have it
+    for noise, expected in ((0.0, rounded), (1e-3, exact)):
+        gradient = rounded.mT @ feature
+        gradient = gradient + noise * torch.randn(gradient.shape, generator=dice).double()
+        found = rounded_delta(exact, feature, gradient.float())
+        assert float((found - expected).abs().max()) < 1e-6
 
 
 @pytest.mark.parametrize("activation", [nn.Sigmoid, nn.Tanh, lambda: nn.LeakyReLU(0.1)])
