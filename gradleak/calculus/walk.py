@@ -40,8 +40,8 @@ _LOST = 0.05
 _ROUNDINGS, _JUMP = 80.0, 2.0
 # Roundings of the gradient that every residual may have.
 _USUAL = 4.0
-# After so many maps, a gated layer whose residual is that many times the usual has a wrong mask.
-_SURE, _TORN = 3, 300.0
+# After so many maps, a gated layer has a wrong mask if it leaves that many times what is allowed.
+_SURE, _TORN = 3, 4.0
 
 
 def walk_down(
@@ -219,7 +219,7 @@ class Walk:
                 allowed = max(_ROUNDINGS * self._unit, _JUMP * self._noise)
                 settled = settle(gate, layer, others, allowed)
                 mask = settled.mask
-                torn = settled.solution.residual > _TORN * self.usual and len(self.maps) >= _SURE
+                torn = settled.solution.residual > _TORN * allowed and len(self.maps) >= _SURE
                 if settled.solution.determined and torn:
                     raise Stopped(
                         f"its mask is not settled: the best leaves {settled.solution.residual:.1e} "
