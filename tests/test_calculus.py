@@ -267,3 +267,127 @@ def test_a_mistaken_unit_is_found_by_the_residual() -> None:
 def test_a_pooled_gate_needs_a_3x3_convolution() -> None:
     _, _, _, layer, _ = gated(1e-6, 0)
     assert pooled_gate(layer) is None
+
+
+# --- Networks that need care --------------------------------------------------------------------
+
+
+def gradient_network(middle: Callable[[Tensor], Tensor] | nn.Module) -> nn.Module:
+    """Return a small network with ``middle`` between two convolutions."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Conv2d(3, 24, 3, padding=1)
+            self.two = nn.Conv2d(24, 24, 3, padding=1)
+            self.middle = middle if isinstance(middle, nn.Module) else None
+            self.fc = nn.Linear(24 * 64, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.one(x)
+            x = middle(x) if self.middle is None else self.middle(x)
+            logits: Tensor = self.fc(torch.tanh(self.two(x)).flatten(1))
+            return logits
+
+    torch.manual_seed(0)
+    return Net()
+
+
+def test_overlapping_means_are_not_taken_for_the_map() -> None:
+    case = Case(gradient_network(lambda x: F.avg_pool2d(torch.tanh(x), 3, 1, 1)), 8)
+    walk = case.walk()
+    case.check(walk, 1e-3)
+    assert walk.image is None or float((walk.image - case.images).abs().max()) < 1e-2
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        lambda x: (torch.tanh(x) - 0.3) / 0.25,
+        lambda x: 0.7 - 2.0 * torch.tanh(x),
+        lambda x: -torch.tanh(x),
+        lambda x: torch.tanh(x) + torch.ones(24, 1, 1),
+    ],
+)
+def test_arithmetic_with_constants_is_undone(middle: Callable[[Tensor], Tensor]) -> None:
+    case = Case(gradient_network(middle), 8)
+    walk = case.walk()
+    assert walk.image is not None, walk.barriers
+    assert float((walk.image - case.images).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("middle", "named"),
+    [
+        (lambda x: torch.cat(torch.tanh(x).chunk(2, 1)[::-1], 1), "cat"),
+        (lambda x: torch.tanh(x) * x, "mul"),
+        (lambda x: torch.tanh(x).max(1, keepdim=True)[0] + torch.tanh(x), "max"),
+    ],
+)
+def test_what_is_not_known_stops_the_walk_and_nothing_false_passes(
+    middle: Callable[[Tensor], Tensor], named: str
+) -> None:
+    case = Case(gradient_network(middle), 8)
+    walk = case.walk()
+    assert walk.image is None
+    assert any(named in str(barrier) for barrier in walk.barriers)
+    assert case.check(walk, 1e-3) == ["two"]
+
+
+def test_an_assignment_is_part_of_the_trace() -> None:
+    def middle(x: Tensor) -> Tensor:
+        y = torch.tanh(x) + 0.0
+        y[:, :4] = 0.0
+        return y
+
+    case = Case(gradient_network(middle), 8)
+    assert any("assigned" in str(barrier) for barrier in case.walk().barriers)
+
+
+def test_weights_used_twice_are_no_equations_of_one_use() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Conv2d(3, 12, 3, padding=1)
+            self.two = nn.Conv2d(12, 12, 3, padding=1)
+            self.fc = nn.Linear(12 * 64, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.tanh(self.one(x))
+            for _ in range(2):
+                x = torch.tanh(self.two(x))
+            logits: Tensor = self.fc(x.flatten(1))
+            return logits
+
+    torch.manual_seed(0)
+    case = Case(Twice(), 8)
+    walk = case.walk()
+    # The sum of both uses' gradients is no equation of either; outputs alone tell, twice inverted.
+    assert case.check(walk, 2e-2)[:2] == ["two@2", "two"]
+
+
+def test_a_wide_batch_through_a_narrow_layer_is_solved_with_its_output() -> None:
+    torch.manual_seed(0)
+    model = plain(
+        nn.Flatten(), nn.Linear(192, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(),
+        nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 100),
+    )  # fmt: skip
+    case = Case(model, 8, 32)
+    case.check(case.walk(), 1e-2)
+
+
+def test_weights_that_the_network_computes_are_run_in_any_precision() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(24, 3, 3, 3))
+            self.fc = nn.Linear(24 * 64, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.weight / self.weight.norm()
+            logits: Tensor = self.fc(torch.tanh(F.conv2d(x, weight, padding=1)).flatten(1))
+            return logits
+
+    torch.manual_seed(0)
+    Case(Normed(), 8).walk()
+    Case(Normed(), 8, dtype=torch.float64).walk()

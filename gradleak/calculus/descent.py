@@ -79,8 +79,11 @@ def descend(
         down = -here.pull(here.left)
         tolerance = _ROUGH if here.squares > _NEAR else _FINE
         for _ in range(_TRIES):
+            if time.monotonic() > ends:
+                return Descended(here.x, here.squares, step, False)
             product = here.product(damping * curvature)
-            there = _Point(residuals, here.x + _solve(product, down, options.inner, tolerance))
+            move = _solve(product, down, options.inner, tolerance, ends)
+            there = _Point(residuals, here.x + move)
             if there.squares < here.squares:
                 break
             damping *= _MUCH_MORE
@@ -160,9 +163,9 @@ def _laplacian(v: Tensor) -> Tensor:
 
 
 def _solve(
-    product: Callable[[Tensor], Tensor], right: Tensor, steps: int, tolerance: float
+    product: Callable[[Tensor], Tensor], right: Tensor, steps: int, tolerance: float, ends: float
 ) -> Tensor:
-    """Solve by conjugate gradients to a relative ``tolerance``, or for so many ``steps``."""
+    """Solve by conjugate gradients to a relative ``tolerance``, for ``steps`` or until ``ends``."""
     x, left = torch.zeros_like(right), right.clone()
     direction, size = left, left.square().sum()
     goal = tolerance**2 * size
@@ -175,6 +178,8 @@ def _solve(
         x, left = x + length * direction, left - length * turned
         before, size = size, left.square().sum()
         if size <= goal:
+            break
+        if time.monotonic() > ends:
             break
         direction = left + size / before * direction
     return x

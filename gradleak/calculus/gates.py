@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradleak.calculus.solve import LayerEquations, Solution, solve_input
+from gradleak.calculus.solve import LayerEquations, Solution, least_squares, solve_input
 from gradleak.calculus.window import Window
 
 # What a map has of negative entries is noise; units up to this many times the largest of them, in
@@ -139,7 +139,7 @@ def _decided(mask: Tensor, units: Tensor, layer: GatedLayer, x: Tensor) -> Tenso
         own = units[units[:, 1] == channel]
         columns = patches[own[:, 0], :, :, own[:, 2]].flatten(1)
         columns = columns * layer.coefficient[own[:, 0], channel, own[:, 2], None]
-        share = torch.linalg.lstsq(columns.mT, left[channel].flatten()[:, None]).solution
+        share = least_squares(columns.mT, left[channel].flatten()[:, None])
         mask[own[:, 0], channel, own[:, 2]] = share.flatten() > 0.5
     return mask
 

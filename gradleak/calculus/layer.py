@@ -151,6 +151,18 @@ def transposed(operation: Operation, delta: Tensor, walk: Walking) -> Mapping[in
     return dict(zip(operation.inputs, found, strict=True))
 
 
+def unscaled(operation: Operation, value: Estimate, walk: Walking) -> Estimate | None:
+    """Return the input of an operation that scales and shifts each entry of its only input."""
+    zero = torch.zeros(
+        walk.shapes[operation.inputs[0]], dtype=value.value.dtype, device=value.value.device
+    )
+    shift = operation.run([zero], walk.state)
+    scale = operation.run([zero + 1.0], walk.state) - shift
+    if scale.shape != zero.shape or bool((scale == 0.0).any()):
+        return None
+    return Estimate((value.value - shift) / scale, value.std / scale.abs(), value.known)
+
+
 def pulled_back(output: Tensor, inputs: Sequence[Tensor], delta: Tensor) -> tuple[Tensor, ...]:
     """Return Σ delta · ∂output/∂input for each of ``inputs``; the graph of ``output`` stays.
 

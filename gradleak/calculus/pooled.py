@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gradleak.calculus.gates import Gate, GatedLayer
+from gradleak.calculus.solve import least_squares
 from gradleak.calculus.window import Window
 
 _TAPS = 9
@@ -57,8 +58,8 @@ def pooled_gate(layer: GatedLayer) -> Gate | None:
         # What is open in the small channels follows from the patches that the large ones show.
         rows = per_channel[large, None] * (share[large] > 0.5)
         flat = gradient.flatten(1)
-        patches = torch.linalg.lstsq(rows, flat[large]).solution
-        small = torch.linalg.lstsq(patches.mT, flat[~large].mT).solution.mT
+        patches = least_squares(rows, flat[large])
+        small = least_squares(patches.mT, flat[~large].mT).mT
         share[~large] = small / per_channel[~large, None]
     off = (share - 0.5).abs()
     doubtful = ((off < 0.5 - _SURE) | (share.abs() > 1.0 + _SURE)).nonzero()

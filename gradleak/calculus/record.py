@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from gradleak.calculus.layer import Estimate
@@ -24,6 +25,11 @@ class PeeledMap:
     residual: float
     changed: int
     with_output: bool = False
+
+    @property
+    def spare(self) -> float:
+        """Equations beyond the unknowns; without any, no residual tells of a mistake."""
+        return math.inf if self.with_output else self.equations - self.unknowns
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ through the δ at the cuts.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -166,11 +167,13 @@ class RemainingNetwork:
         """Return the gradients of the weights below the cuts, none where a cut has no δ."""
         if any(cut.delta is None for cut in self.cuts):
             return {}
-        names = {
+        below = Counter(
             value.name
             for operation in self._operations
             for value in (*operation.arguments, *operation.keywords.values())
             if isinstance(value, Parameter)
-        }
+        )
+        # A weight that is used above the cuts too has a gradient that is not only theirs.
+        names = {name for name, uses in below.items() if uses == self._walk.trace.uses(name)}
         given = {n: g for n, g in self._walk.gradients.items() if n in names}
         return {name: g.to(self._dtype) for name, g in given.items() if bool((g != 0.0).any())}

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from gradleak.calculus.window import Window
 
-# Unknowns per channel up to which a symmetric eigenproblem is solved; beyond, Cholesky.
-_DENSE = 2200
 # A condition number beyond this leaves no digit of float64's normal equations.
 _SINGULAR = 1e7
 # Rounding of the solution itself, relative to its largest entry.
@@ -103,3 +101,16 @@ def solve_input(equations: Sequence[LayerEquations]) -> Solution:
 def _undetermined(samples: int, channels: int, places: int, like: Tensor) -> Solution:
     nothing = like.new_zeros(samples, channels, places)
     return Solution(nothing, torch.full_like(nothing, math.inf), 1.0, math.inf)
+
+
+def least_squares(matrix: Tensor, right: Tensor) -> Tensor:
+    """Return the shortest x that minimises ‖matrix x − right‖, of any rank and on any device.
+
+    On a GPU torch.linalg.lstsq takes the rank for full.
+    """
+    shortest: Tensor
+    if matrix.device.type == "cpu":
+        shortest = torch.linalg.lstsq(matrix, right).solution
+    else:
+        shortest = torch.linalg.pinv(matrix) @ right
+    return shortest

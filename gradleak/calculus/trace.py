@@ -9,6 +9,7 @@ example.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,8 @@ class Operation:
     """One call: tensor ``output`` = ``function`` of tensors ``inputs`` and fixed arguments.
 
     ``kind`` is the function's name without marks of being in place; ``name`` the module's for an
-    operation with parameters, and the kind with a running number for the others; ``shape`` that of
+    operation with parameters (``conv@2`` for the second use of ``conv``), and the kind with a
+    running number for the others; ``shape`` that of
     the output with the batch first.
     """
 
@@ -67,6 +69,8 @@ class Operation:
                 return state[value.name]
             if isinstance(value, list | tuple):
                 return type(value)(fill(item) for item in value)
+            if isinstance(value, Tensor) and value.is_floating_point():
+                return value.to(copies[0])  # one that the network computed from its weights
             return value
 
         arguments = [fill(value) for value in self.arguments]
@@ -96,6 +100,15 @@ class Trace:
         """Return the operations that read a tensor."""
         return [op for op in self.operations if tensor in op.inputs]
 
+    def uses(self, parameter: str | None) -> int:
+        """Return how many operations take a parameter; the gradient is the sum over all of them."""
+        return 0 if parameter is None else self._uses[parameter]
+
+    @functools.cached_property
+    def _uses(self) -> Counter[str]:
+        given = (v for op in self.operations for v in (*op.arguments, *op.keywords.values()))
+        return Counter(value.name for value in given if isinstance(value, Parameter))
+
     @functools.cached_property
     def _producers(self) -> dict[int, Operation]:
         return {op.output: op for op in self.operations}
@@ -107,6 +120,8 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     Only what the logits depend on is kept. The model's flags are as before. Raises
     :class:`UsageError` when it refuses the example or returns no tensor.
     """
+    own = next((t.dtype for t in model.parameters() if t.is_floating_point()), example.dtype)
+    example = example.to(own)
     training = {module: module.training for module in model.modules()}
     model.eval()
     recorder = _Recorder(model, example)
@@ -138,6 +153,10 @@ _ALIASES = {
     "__rmul__": "mul",
     "__imul__": "mul",
     "__sub__": "sub",
+    "__isub__": "sub",
+    "__rsub__": "rsub",
+    "__neg__": "neg",
+    "__itruediv__": "div",
     "__truediv__": "div",
     "__matmul__": "matmul",
     "feature_dropout": "dropout",
@@ -149,6 +168,25 @@ _ALIASES = {
     "contiguous": "view",
     "clone": "view",
 }
+
+
+class _Part:
+    """One tensor of those that a function returns."""
+
+    def __init__(self, function: Callable[..., Any], place: int) -> None:
+        self.__name__ = getattr(function, "__name__", str(function))
+        self._function, self._place = function, place
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Tensor:
+        """Compute all and return that one."""
+        part: Tensor = self._function(*arguments, **keywords)[self._place]
+        return part
+
+
+def _assigned(tensor: Tensor, index: Any, value: Any) -> Tensor:
+    """Return ``tensor`` after an assignment to some of its entries."""
+    tensor[index] = value
+    return tensor
 
 
 def kind_of(function: Callable[..., Any]) -> str:
@@ -169,6 +207,7 @@ class _Recorder(TorchFunctionMode):
         self._numbers = {id(example): 0}
         self._shapes = {0: tuple(example.shape)}
         self._operations: list[Operation] = []
+        self._named: Counter[str] = Counter()
         self._alive: list[object] = [example]  # an id is only good while its tensor lives
 
     def number(self, tensor: Tensor) -> int | None:
@@ -187,8 +226,16 @@ class _Recorder(TorchFunctionMode):
         arguments = tuple(self._written(value, inputs) for value in args)
         written = {key: self._written(value, inputs) for key, value in keywords.items()}
         result = func(*args, **keywords)
-        if inputs and isinstance(result, Tensor) and kind_of(func) not in _SILENT:
+        if not inputs or kind_of(func) in _SILENT:
+            return result
+        if func is Tensor.__setitem__:
+            self._record(_assigned, arguments, written, inputs, args[0])
+        elif isinstance(result, Tensor):
             self._record(func, arguments, written, inputs, result)
+        elif isinstance(result, list | tuple):
+            for place, part in enumerate(result):
+                if isinstance(part, Tensor):
+                    self._record(_Part(func, place), arguments, written, inputs, part)
         return result
 
     def _written(self, value: Any, inputs: list[int]) -> Any:
@@ -215,6 +262,9 @@ class _Recorder(TorchFunctionMode):
         kind, number = kind_of(function), len(self._shapes)
         own = [v.name for v in (*arguments, *keywords.values()) if isinstance(v, Parameter)]
         name = own[0].rpartition(".")[0] if own else f"{kind} {len(self._operations)}"
+        self._named[name] += 1
+        if self._named[name] > 1:
+            name = f"{name}@{self._named[name]}"
         # An operation in place gives its tensor a new number: what it held before is gone.
         self._numbers[id(result)] = number
         self._shapes[number] = tuple(result.shape)

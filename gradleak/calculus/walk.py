@@ -8,6 +8,7 @@ it on that path is out of reach, and the walk says which it was.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 
@@ -168,6 +169,11 @@ class Walk:
             for number, delta in below.items():
                 self._deltas[number] = self._deltas.get(number, 0.0) + delta
                 received[number] = received.get(number, 0) + 1
+        for operation in reversed(self.trace.operations):
+            # Nobody below may have asked for what a layer read.
+            if weight_of(operation) is not None and operation.output in self._deltas:
+                with contextlib.suppress(Stopped):
+                    self.value(operation.inputs[0])
         try:
             self.value(0)
         except Stopped as why:
@@ -274,7 +280,7 @@ class Walk:
     def gradient(self, operation: Operation) -> Tensor | None:
         """Return the gradient (O, C, T) of an operation's weight, None where there is none."""
         name = weight_of(operation)
-        if name is None or name not in self.gradients:
+        if name is None or name not in self.gradients or self.trace.uses(name) > 1:
             return None
         gradient = self.gradients[name]
         return gradient.reshape(*gradient.shape[:2], -1)
@@ -285,7 +291,12 @@ class Walk:
         equations = gradient_equations(readers, self)
         forward = forward_equations(readers, self)
         if not equations and not forward:
-            raise Stopped("no gradient says what its output was")
+            shared = [r.name for r in readers if self.trace.uses(weight_of(r)) > 1]
+            raise Stopped(
+                f"the weights of {shared[0]} are used more than once"
+                if shared
+                else "no gradient says what its output was"
+            )
         shape = self.shapes[tensor]
         rows = sum(e.delta.shape[1] * e.window.taps for e in equations)
         unknowns = math.prod(shape) // shape[1]
@@ -324,11 +335,13 @@ class Walk:
             raise Stopped(f"its equations leave {solution.residual:.0%} of the gradient")
         shape = self.shapes[tensor]
         estimate = Estimate(solution.x.reshape(shape), solution.std.reshape(shape))
+        weighted = [r for r in readers if weight_of(r) is not None]
+        seen = [r for r in weighted if self.gradient(r) is not None]
         self._values[tensor] = estimate
         self._noise = max(self._noise, solution.residual)
         self._note(
             PeeledMap(
-                names=tuple(r.name for r in readers if self.gradient(r) is not None),
+                names=tuple(r.name for r in seen or weighted),
                 estimate=estimate,
                 equations=sum(e.delta.shape[1] * e.window.taps for e in equations),
                 unknowns=solution.x.shape[0] * solution.x.shape[2],

@@ -204,7 +204,7 @@ class _Output:
             return
         window, weight = taps.window, taps.weight
         channels, places = self._input[1], window.places
-        for sample, square in enumerate(self._root.square().flatten(2)):
+        for sample, square in enumerate(self._squares()):
             own = torch.zeros(
                 channels * places, channels * places, dtype=whole.dtype, device=whole.device
             )
@@ -236,7 +236,7 @@ class _Output:
         inside = (index < places).to(across.dtype)
         pairs = (index[:, :, None] * (places + 1) + index[:, None]).flatten()
         square_of_weight = torch.einsum("oct,ocs->ots", weight, weight)
-        for sample, square in enumerate(self._root.square().flatten(2)):
+        for sample, square in enumerate(self._squares()):
             local = torch.einsum("op,ots->pts", square, square_of_weight).flatten()
             own = local.new_zeros((places + 1) ** 2).index_add_(0, pairs, local)
             across[sample, :, sample] += own.view(places + 1, places + 1)[:-1, :-1]
@@ -246,10 +246,14 @@ class _Output:
         """Add the diagonal of MᵀM to ``found`` (N, C, places)."""
         window, weight = self._taps()
         index = window.index.mT.to(found.device)
-        for own, square in zip(found, self._root.square().flatten(2), strict=True):
+        for own, square in zip(found, self._squares(), strict=True):
             local = torch.einsum("oct,op->cpt", weight.square(), square).flatten(1)
             whole = own.new_zeros(len(own), window.places + 1)
             own += whole.index_add_(1, index.flatten(), local)[:, :-1]
+
+    def _squares(self) -> Tensor:
+        """Return the weights (N, O, places) of the equations; a Linear layer has one place."""
+        return self._root.square().reshape(*self._root.shape[:2], -1)
 
     def _taps(self) -> tuple[Window, Tensor]:
         if self._given.taps is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,11 +15,12 @@ from torch.nn.functional import interpolate
 from gradleak.calculus.descent import DescentOptions, descend
 from gradleak.calculus.fit import Fitted, fit_image
 from gradleak.calculus.walk import Walk, walk_down
-from gradleak.errors import IncompleteError
+from gradleak.errors import IncompleteError, UsageError
 from gradleak.normalisation import denormalise, normalise
 from gradleak.progress import Progress, Step
 from gradleak.reconstruction.matching import MatchResult, match_gradients
 from gradleak.reconstruction.misfits import gradient_misfits
+from gradleak.reconstruction.objectives import soft_cross_entropy
 from gradleak.reconstruction.options import MatchSettings
 from gradleak.reconstruction.resimulate import GradientResidual, check_reconstruction
 
@@ -28,6 +31,10 @@ _LEVELS, _OFF_LEVEL = 255.0, 0.3
 # An answer whose gradient is that near is refined against the gradient itself.
 _NEAR = 0.3
 _REFINING = DescentOptions(steps=20, inner=60, damping=1e-6)
+# The gradient of a finished picture leaves as many times the noise that the maps show, at most.
+_AS_NOISY = 4.0
+# Share of the time limit that it has in any case.
+_REFINING_SHARE = 0.25
 # The errors of a walked image are right within this many dB (benchmarks/images.py, noise).
 _MARGIN = 5.0
 # The picture that a fit starts from: so many smooth blots a side, of this mean and spread.
@@ -49,6 +56,13 @@ class Answer:
     fitted: Fitted | None = None
     match: MatchResult | None = None
     estimated: tuple[float, float] | None = None
+
+    def missing(self, numbers: int) -> int:
+        """Return how many equations the images' entries lack, given ``numbers`` of a gradient."""
+        if self.walk is not None and self.fitted is None:
+            return 0  # solved for
+        known = numbers if self.fitted is None else self.fitted.equations
+        return max(0, self.images.numel() - known)
 
 
 @dataclass(frozen=True)
@@ -94,6 +108,18 @@ class Given:
         rounded = self.rounded(denormalise(inputs, *self.normalisation).clamp(0.0, 1.0))
         return rounded is not None and self.certify(rounded).exact
 
+    def without_part(self, images: Tensor) -> int:
+        """Return how many pixels of ``images`` (N, 3, H, W) have no part in their gradient.
+
+        No window reads them, or all that reads them is closed: another value is as good.
+        """
+        network = copy.deepcopy(self.network).double().eval()
+        inputs = normalise(images.double(), *self.normalisation).requires_grad_()
+        with torch.enable_grad():
+            loss = soft_cross_entropy(network(inputs), self.labels.to(inputs))
+            (slope,) = torch.autograd.grad(loss, inputs)
+        return int((slope == 0.0).all(1).sum())
+
     def smooth_start(self, dice: torch.Generator) -> Tensor:
         """Return smooth random inputs (N, C, H, W): at plain grey all kinks of ReLUs meet."""
         size = (len(self.labels), self.shape[0], _START_GRID, _START_GRID)
@@ -114,7 +140,7 @@ def find_images(
     if method != "match":
         try:
             answers.append(_by_walk(method, given, settings, seed, progress))
-        except IncompleteError:
+        except (IncompleteError, UsageError):  # a network that cannot be traced can be matched
             if method != "auto":
                 raise
     near = any(answer.certificate.relative <= _FAR for answer in answers)
@@ -132,6 +158,7 @@ def _by_walk(
     samples = len(given.labels)
     example = torch.zeros(samples, *given.shape, device=given.labels.device)
     limit = math.inf if settings.time_limit is None else settings.time_limit
+    start = time.monotonic()
     walk = walk_down(
         given.network,
         example,
@@ -146,7 +173,7 @@ def _by_walk(
         answer = replace(
             given.answer("peel", walk.image), walk=walk, estimated=_estimated(walk, given)
         )
-        return _refined(answer, given, limit, seed, progress)
+        return _refined(answer, given, _rest(limit, start), seed, progress)
     if method == "peel":
         raise IncompleteError(
             f"the image is out of reach by peeling: {walk.barriers[0]}",
@@ -154,10 +181,9 @@ def _by_walk(
         )
     dice = torch.Generator(device=given.labels.device).manual_seed(seed)
     rough = walk.guessed
-    start = given.smooth_start(dice) if rough is None else rough
     fitted = fit_image(
         walk,
-        start,
+        given.smooth_start(dice) if rough is None else rough,
         seconds=limit,
         generator=dice,
         near=rough is not None,
@@ -167,7 +193,12 @@ def _by_walk(
     answers = [given.answer("fit", image) for image in (fitted.image, rough) if image is not None]
     best = min(answers, key=lambda answer: answer.certificate.relative)
     best = replace(best, walk=walk, fitted=fitted)
-    return _refined(best, given, limit, seed, progress)
+    return _refined(best, given, _rest(limit, start), seed, progress)
+
+
+def _rest(limit: float, start: float) -> float:
+    """Return the seconds that refining may take, of a search that began at ``start``."""
+    return max(limit - (time.monotonic() - start), _REFINING_SHARE * limit)
 
 
 def _refined(
@@ -179,6 +210,9 @@ def _refined(
     """
     if answer.certificate.exact or answer.certificate.relative > _NEAR:
         return answer
+    noise = 0.0 if answer.walk is None else _AS_NOISY * answer.walk.usual
+    if given.rounded(answer.images) is not None and answer.certificate.relative <= noise:
+        return answer  # a picture of 8 bits that leaves no more than noise has nothing to gain
 
     def note(step: int, squares: float) -> None:
         if progress is not None:
@@ -239,7 +273,8 @@ def null_control(
 ) -> Answer:
     """Run the attack on noise: gradients of the same norms, tensor by tensor, and the same label.
 
-    What the picture shows then, it does not have from the gradient.
+    What the picture shows then, it does not have from the gradient. Grey is the answer where the
+    attack has none.
     """
     dice = torch.Generator().manual_seed(seed)
     noise = {}
@@ -247,4 +282,9 @@ def null_control(
         drawn = torch.randn(gradient.shape, generator=dice, dtype=torch.float64)
         size = torch.linalg.vector_norm(gradient.double()) / drawn.norm()
         noise[name] = (drawn.to(gradient.device) * size).to(gradient.dtype)
-    return find_images(method, replace(given, gradients=noise), settings, seed, progress)
+    blind = replace(given, gradients=noise)
+    try:
+        return find_images(method, blind, settings, seed, progress)
+    except IncompleteError:
+        grey = torch.full((len(given.labels), *given.shape), 0.5, device=given.labels.device)
+        return Answer("none", grey, blind.certify(grey))

@@ -18,8 +18,9 @@ from gradleak.head import with_weights
 from gradleak.progress import Progress
 from gradleak.stages.network import head_feature, input_shape, network_of
 
-# A map is exact where its equations leave no more than so many roundings of the gradient.
-_ROUNDINGS = 80.0
+# A map is exact where its equations leave no more than so many roundings of the gradient, and than
+# a part of it that is beyond half precision.
+_ROUNDINGS, _COARSEST = 80.0, 1e-3
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def recover_maps(
     walk = walk_down(network, example, gradients, labels, feature, progress=progress)
     seconds = time.perf_counter() - start
     unit = max(torch.finfo(gradient.dtype).eps for gradient in gradients.values())
-    exact = tuple(found for found in walk.maps if found.residual <= _ROUNDINGS * unit)
+    limit = min(_ROUNDINGS * unit, _COARSEST)
+    exact = tuple(found for found in walk.maps if found.residual <= limit and found.spare > 0)
     tensors = {FEATURE + found.names[0]: found.estimate.value.cpu() for found in exact}
     residuals = {found.names[0]: found.residual for found in exact}
     record = StageRecord(

@@ -26,7 +26,7 @@ from gradleak.stages.attack import Answer, Given, find_images, null_control
 from gradleak.stages.feature import BundleLayers
 from gradleak.stages.network import head_feature, input_shape, network_of, normalisation_of
 
-Verdict = Literal["unique", "approximate"]
+Verdict = Literal["unique", "ambiguous", "approximate"]
 METHODS = ("auto", "mlp", "peel", "fit", "match")
 
 
@@ -34,8 +34,9 @@ METHODS = ("auto", "mlp", "peel", "fit", "match")
 class ImageOutcome:
     """The enriched ``bundle`` and the ``images`` (N, 3, H, W) float32 in [0, 1].
 
-    ``verdict`` is ``unique`` only where the gradient re-simulated from the finished image agrees
-    with the given one to its own precision (``certificate``), else ``approximate``. ``maps`` are
+    ``verdict`` is ``approximate`` unless the gradient re-simulated from the finished image agrees
+    with the given one to its own precision (``certificate``); then ``unique``, or ``ambiguous``
+    where pixels have no part in the gradient, or more values than equations. ``maps`` are
     those that the walk recovered, from the head downwards, and ``barriers`` say what it did not get
     past; ``fitted`` and ``match`` tell how a fit and gradient matching went, where they were used.
     ``estimated`` is between which PSNRs (dB) an image is that is not exact, None if nothing tells.
@@ -107,16 +108,11 @@ def reconstruct(
         answer = find_images(method, sought, chosen, seed, progress)
     seconds = time.perf_counter() - start
     certificate, match = answer.certificate, answer.match
-    verdict: Verdict = "unique" if certificate.exact else "approximate"
-    reason = (
-        "exact: the finished image's own gradient is the given one to its precision"
-        if certificate.exact
-        else f"not exact: the finished image's gradient misses the given one by "
-        f"{certificate.relative:.1e}, its precision is {certificate.precision:.1e}"
-    )
+    sought = sought or (_given(full, model, labels, where) if control else None)
+    verdict, reason = _judge(answer, sought)
     noise = None
     if control:
-        sought = sought or _given(full, model, labels, where)
+        assert sought is not None
         noise = null_control("auto" if method == "mlp" else method, sought, chosen, seed, progress)
     record = StageRecord(
         "reconstruct",
@@ -142,6 +138,31 @@ def reconstruct(
         device=str(where),
         seconds=seconds,
     )
+
+
+def _judge(answer: Answer, given: Given | None) -> tuple[Verdict, str]:
+    """Judge by the certificate, and by whether other images would have passed it as well.
+
+    ``given`` is None for an image that was read off a feature, which has all of it.
+    """
+    certificate = answer.certificate
+    if not certificate.exact:
+        return "approximate", (
+            f"not exact: the finished image's gradient misses the given one by "
+            f"{certificate.relative:.1e}, its precision is {certificate.precision:.1e}"
+        )
+    if given is not None and answer.method != "mlp":
+        pixels = answer.images[:, 0].numel()
+        lacking = answer.missing(sum(gradient.numel() for gradient in given.gradients.values()))
+        free = 0 if lacking else given.without_part(answer.images)
+        if lacking:
+            return "ambiguous", (
+                f"one of many: {answer.images.numel()} values had "
+                f"{answer.images.numel() - lacking} equations to meet"
+            )
+        if free:
+            return "ambiguous", f"one of many: {free} of {pixels} pixels are not in the gradient"
+    return "unique", "exact: the finished image's own gradient is the given one to its precision"
 
 
 def _given(

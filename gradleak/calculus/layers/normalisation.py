@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from gradleak.calculus.layer import Affine, Estimate, Stopped, Walking, register
+from gradleak.calculus.layer import Affine, Estimate, Stopped, Walking, register, unscaled
 from gradleak.calculus.trace import Operation
 
 
@@ -27,9 +26,4 @@ class BatchNorm(Affine):
 
     def value_below(self, operation: Operation, value: Estimate, walk: Walking) -> Estimate | None:
         """Undo the scale and shift."""
-        zero = torch.zeros_like(value.value)
-        shift = operation.run([zero], walk.state)
-        scale = operation.run([zero + 1.0], walk.state) - shift
-        if bool((scale == 0.0).any()):
-            return None
-        return Estimate((value.value - shift) / scale, value.std / scale.abs(), value.known)
+        return unscaled(operation, value, walk)

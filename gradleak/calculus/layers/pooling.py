@@ -25,11 +25,15 @@ class AveragePool(Affine):
         as adaptive pooling does.
         """
         shape = walk.shapes[operation.inputs[0]]
-        if math.prod(shape) == value.value.numel():
+        if math.prod(shape) == value.value.numel() and len(shape) != 4:
             return value.reshaped(shape)
-        if math.prod(shape) > value.value.numel() or len(shape) != 4 or value.known is not None:
+        if math.prod(shape) > value.value.numel() or len(shape) != 4:
             return None
         means = _matrix(operation, shape, value.value, walk)  # (places, means)
+        if means.shape[0] == means.shape[1] and torch.equal(means, torch.eye(len(means)).to(means)):
+            return value.reshaped(shape)
+        if value.known is not None:
+            return None
         size = torch.linalg.svdvals(means)
         if float(size[-1]) < _INDEPENDENT * float(size[0]):
             return None

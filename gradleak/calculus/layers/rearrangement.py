@@ -1,4 +1,4 @@
-"""What moves or keeps entries as they are: views, residual addition, dropout in eval mode."""
+"""Views, arithmetic between maps and with constants, dropout in eval mode."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from gradleak.calculus.layer import Affine, Estimate, Stopped, Walking, register
-from gradleak.calculus.trace import Operation
+from gradleak.calculus.layer import Affine, Estimate, Stopped, Walking, register, unscaled
+from gradleak.calculus.trace import Operation, Place
+
+_PRODUCTS = ("mul", "div")
 
 
 @register("view")
@@ -19,11 +21,34 @@ class View(Affine):
         return value.reshaped(walk.shapes[operation.inputs[0]])
 
 
-@register("add")
-class Addition(Affine):
-    """A sum of two maps, or of a map and a constant."""
+@register("add", "sub", "rsub", "neg", "mul", "div")
+class Arithmetic(Affine):
+    """Sums and differences of maps, and of a map and a constant; products with a constant."""
 
     elementwise = True
+
+    def delta_below(
+        self, operation: Operation, delta: Tensor, walk: Walking
+    ) -> Mapping[int, Tensor]:
+        """Apply the transposed map, unless maps are multiplied or divided by."""
+        if operation.kind in _PRODUCTS and not _by_constant(operation):
+            raise Stopped(f"no delta passes a {operation.kind} by what depends on the image")
+        return super().delta_below(operation, delta, walk)
+
+    def value_below(self, operation: Operation, value: Estimate, walk: Walking) -> Estimate | None:
+        """Undo what a constant does to a map."""
+        if len(operation.inputs) > 1 or not _by_constant(operation):
+            return None
+        return unscaled(operation, value, walk)
+
+
+def _by_constant(operation: Operation) -> bool:
+    """Return whether one map alone takes part, and is not what is divided by."""
+    given = (*operation.arguments, *operation.keywords.values())
+    maps = sum(isinstance(value, Place) for value in given)
+    return maps == 1 and (
+        operation.kind != "div" or isinstance(operation.argument(0, "input"), Place)
+    )
 
 
 @register("dropout", "identity")
