@@ -222,7 +222,7 @@ from torch import nn
 Path("imported").touch()
 def make(classes=4):
     return nn.Sequential(
-        nn.Conv2d(3, 6, 3, stride=2), nn.Sigmoid(), nn.Flatten(), nn.Linear(6 * 9, classes)
+        nn.Conv2d(3, 12, 3, 2, 1), nn.Sigmoid(), nn.Flatten(), nn.Linear(12 * 16, classes)
     )
 """
 

@@ -132,7 +132,8 @@ def command(
     time_limit: Annotated[
         float,
         typer.Option(
-            help="Seconds of a fit, and of matching in all restarts, above 0.",
+            help="Seconds, above 0, that each may take: the choices under a max-pool, a fit, and "
+            "matching in all restarts. Refining has what a fit left, and a quarter at least.",
             rich_help_panel=ATTACK,
         ),
     ] = 60.0,
