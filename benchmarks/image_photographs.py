@@ -74,14 +74,13 @@ def known_files() -> list[Path]:
 
 
 def batch_of_crops(size: int, count: int, generator: torch.Generator) -> Tensor:
-    """Cut (count, 3, size, size): quadrant-like squares of all photographs, held-out ones too.
+    """Cut (count, 3, size, size): quadrant-like squares of the known photographs.
 
     A square has half to all of the side of its photograph; values are 8-bit in [0, 1].
     """
-    names = targets()
     squares = []
     for _ in range(count):
-        name = names[_draw(len(names), generator)]
+        name = KNOWN[_draw(len(KNOWN), generator)]
         whole = picture(name, 2 * size)
         side = size + _draw(size + 1, generator)
         top, left = (_draw(2 * size - side + 1, generator) for _ in range(2))

@@ -50,7 +50,8 @@ READING = (
     "Every case has another initialisation (where not trained) and another label: smooth, hard and "
     "mixed in turn.",
     "",
-    f"Held-out photographs ({', '.join(HELD_OUT)}) were looked at for the first time here.",
+    f"Held-out photographs ({', '.join(HELD_OUT)}) were kept for these pages: "
+    "no attack was tuned on one.",
 )
 
 

@@ -8,6 +8,7 @@ and image_photographs.py for the photographs.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -37,11 +38,11 @@ def run_table(table: Table, options: argparse.Namespace) -> None:
         # The row that had the least time: a run that ends early has some of each.
         row = min(left, key=lambda row: spent[row.name])
         begun, place = run.seconds, len(done.get(row.name, ()))
-        beside = row.rivals or place < options.baselines
+        limit = options.baseline_seconds if place < options.baselines else 0.0
         outcome = run_case(
             row.cases[place],
             match_seconds=row.seconds or options.match_seconds,
-            baseline_seconds=options.baseline_seconds if beside else 0.0,
+            baseline_seconds=math.inf if row.rivals else limit,
             factor=table.factor,
         )
         print(f"{table.key}, {row.name}, {line(outcome)}", flush=True)
@@ -63,7 +64,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, nargs="+", default=BATCHES, help="N of the batches")
     parser.add_argument("--match-seconds", type=float, default=60.0, help="limit of a search")
     parser.add_argument("--baselines", type=int, default=3, help="cases a row with baselines")
-    parser.add_argument("--baseline-seconds", type=float, default=60.0, help="limit of a baseline")
+    parser.add_argument(
+        "--baseline-seconds",
+        type=float,
+        default=60.0,
+        help="limit of a baseline that nothing is asked of",
+    )
     parser.add_argument("--products", type=int, default=3, help="photographs of timing by product")
     parser.add_argument("--minutes", type=float, default=180.0, help="end each table after so many")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch")
