@@ -11,11 +11,12 @@ from photographs import crops
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradleak.calculus.gates import GatedLayer, read_gate, settle
+from gradleak.calculus.gates import GatedLayer, read_gate, read_sign, settle
 from gradleak.calculus.layer import layer_of
 from gradleak.calculus.logits import rounded_delta
 from gradleak.calculus.pooled import pooled_gate
 from gradleak.calculus.trace import trace
+from gradleak.calculus.walk import walk_down
 from gradleak.calculus.window import Window
 from gradleak.models.build import build_model
 
@@ -230,17 +231,20 @@ def test_float64_gradients_give_float64_maps() -> None:
 # --- Gates --------------------------------------------------------------------------------------
 
 
-def gated(noise: float, seed: int) -> tuple[Tensor, Tensor, Tensor, GatedLayer, Tensor]:
+def gated(
+    noise: float, seed: int, closed: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor, GatedLayer, Tensor]:
     """Return a rectifier's noisy output with its errors, its mask, and the layer below it."""
     dice = torch.Generator().manual_seed(seed)
     window = Window.of_convolution((6, 6), (3, 3), (1, 1), (1, 1), (1, 1))
     below = crops(6, 16, dice).double().reshape(2, 24, 36)
     before = torch.randn(2, 40, 36, generator=dice, dtype=torch.float64)
     mask, coefficient = before > 0, torch.randn(before.shape, generator=dice, dtype=torch.float64)
-    gradient = window.gradient(coefficient * mask, below)
+    slope = torch.where(mask, 1.0, closed).double()
+    gradient = window.gradient(coefficient * slope, below)
     gradient = gradient + 1e-8 * torch.randn(gradient.shape, generator=dice, dtype=torch.float64)
-    value = before.clamp(min=0.0) + noise * torch.randn(before.shape, generator=dice).double()
-    layer = GatedLayer(window, coefficient, gradient)
+    value = before * slope + noise * torch.randn(before.shape, generator=dice).double()
+    layer = GatedLayer(window, coefficient, gradient, closed)
     return value, torch.full_like(value, noise), mask, layer, below
 
 
@@ -248,7 +252,18 @@ def gated(noise: float, seed: int) -> tuple[Tensor, Tensor, Tensor, GatedLayer, 
 def test_a_gate_is_settled_by_the_gradient_below_it(noise: float) -> None:
     for seed in range(3):
         value, std, mask, layer, below = gated(noise, seed)
-        settled = settle(read_gate(value, std), layer, [], 1e-7)
+        settled = settle(read_gate(value, std), layer, [], 1e-7, 1e-9)
+        assert bool((settled.mask == mask).all())
+        assert float((settled.solution.x - below).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("noise", [1e-4, 1e-3])
+def test_a_leaky_gate_is_settled_by_the_gradient_below_it(noise: float) -> None:
+    for seed in range(3):
+        value, std, mask, layer, below = gated(noise, seed, closed=0.1)
+        read = read_sign(value, std)
+        assert not bool((read.mask == mask).all())
+        settled = settle(read, layer, [], 1e-7, 1e-9)
         assert bool((settled.mask == mask).all())
         assert float((settled.solution.x - below).abs().max()) < 1e-5
 
@@ -259,7 +274,7 @@ def test_a_mistaken_unit_is_found_by_the_residual() -> None:
     wrong = gate.mask.clone()
     for unit in ((0, 3, 7), (1, 20, 30), (0, 3, 20)):
         wrong[unit] = ~wrong[unit]
-    settled = settle(type(gate)(wrong, gate.certain & False, gate.doubtful), layer, [], 1e-7)
+    settled = settle(type(gate)(wrong, gate.certain & False, gate.doubtful), layer, [], 1e-7, 1e-9)
     assert bool((settled.mask == mask).all())
     assert settled.changed == 3
 
@@ -391,3 +406,37 @@ def test_weights_that_the_network_computes_are_run_in_any_precision() -> None:
     torch.manual_seed(0)
     Case(Normed(), 8).walk()
     Case(Normed(), 8, dtype=torch.float64).walk()
+
+
+def test_a_rectifier_below_an_activation_that_needs_its_value_is_a_barrier() -> None:
+    torch.manual_seed(0)
+    model = plain(
+        nn.Conv2d(3, 12, 3, 2, 1), nn.Tanh(), nn.ReLU(), nn.Conv2d(12, 20, 3, 2, 1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(320, 10),
+    )  # fmt: skip
+    case = Case(model, 16)
+    walk = case.walk()
+    assert "3" in case.check(walk, 1e-4)
+    assert walk.image is None
+    assert walk.barriers
+
+
+def test_places_that_no_window_reads_do_not_hide_the_others() -> None:
+    torch.manual_seed(0)
+    model = plain(
+        nn.Conv2d(3, 300, 4, 4), nn.Sigmoid(), nn.Flatten(), nn.Linear(4800, 10)
+    )  # fmt: skip
+    images = torch.rand(1, 3, 18, 18, generator=torch.Generator().manual_seed(0))
+    labels = F.one_hot(torch.tensor([3]), 10).double()
+    loss = F.cross_entropy(model(images), labels.float())
+    names = [name for name, _ in model.named_parameters()]
+    gradients = dict(zip(names, torch.autograd.grad(loss, model.parameters()), strict=True))
+    feature = model[:3](images).detach()
+    walk = walk_down(model, torch.zeros_like(images), gradients, labels, feature)
+    found = walk.recovered(0)
+    assert found is not None
+    assert found.known is not None
+    assert bool(found.known[..., :16, :16].all())
+    assert not bool(found.known[..., 16:, :].any())
+    assert float((found.value - images)[..., :16, :16].abs().max()) < 1e-4
+    assert bool(found.std[..., 16:].isinf().all())

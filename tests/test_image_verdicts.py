@@ -84,3 +84,35 @@ def test_networks_of_other_precisions_are_walked(dtype: torch.dtype) -> None:
     network = whole(1).to(dtype)
     outcome = gradleak.reconstruct(captured(network), model=network, settings=SHORT)
     assert outcome.maps
+
+
+def test_a_picture_from_half_precision_is_one_of_many_and_is_said_to_be() -> None:
+    network = whole(1)
+    bundle = captured(network)
+    half = {name: bundle.tensor(f"grad/{name}").half() for name in bundle.names("grad/")}
+    rounded = gradleak.Bundle(
+        {f"{prefix}{name}": bundle.tensor(prefix + name)
+         for prefix in ("param/", "buffer/", "label/", "feature/") for name in bundle.names(prefix)}
+        | {f"grad/{name}": gradient for name, gradient in half.items()},
+        bundle.metadata,
+    )  # fmt: skip
+    outcome = gradleak.reconstruct(rounded, model=network, settings=SHORT)
+    assert outcome.verdict in ("ambiguous", "approximate")
+    assert outcome.warning is not None
+    assert "float16" in outcome.warning
+    assert gradleak.reconstruct(bundle, model=network, settings=SHORT).warning is None
+
+
+def test_noise_that_cannot_support_exactness_is_warned_of() -> None:
+    network = whole(1)
+    bundle = captured(network)
+    dice = torch.Generator().manual_seed(0)
+    noisy = {}
+    for name in bundle.names("grad/"):
+        gradient = bundle.tensor(f"grad/{name}")
+        size = gradient.square().mean().sqrt()
+        noisy[f"grad/{name}"] = gradient + 1e-3 * size * torch.randn(gradient.shape, generator=dice)
+    outcome = gradleak.reconstruct(bundle.extended(noisy), model=network, settings=SHORT)
+    assert outcome.verdict == "approximate"
+    assert outcome.warning is not None
+    assert "noise" in outcome.warning

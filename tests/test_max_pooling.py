@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -10,8 +11,11 @@ from photographs import centre
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gradleak.calculus.maxpool import equations as maxpool_equations
 from gradleak.calculus.maxpool.candidates import find_candidates
+from gradleak.calculus.maxpool.decide import decide
 from gradleak.calculus.maxpool.equations import Equations
+from gradleak.calculus.maxpool.precondition import BlockFactors, Diagonal
 from gradleak.calculus.maxpool.stem import PooledConvolution
 from gradleak.calculus.walk import Walk, walk_down
 from gradleak.calculus.window import Window
@@ -167,9 +171,38 @@ def test_blocks_of_the_normal_matrix_are_its_own() -> None:
     weight = torch.rand(joined.shape, generator=dice, dtype=torch.float64)
     rows = torch.rand(stem.outputs, 1, generator=dice, dtype=torch.float64)
     equations = Equations(stem, weight, joined, joined, rows)
-    factors = equations.factors()
-    assert factors is not None
+    before = equations.preconditioner()
+    assert isinstance(before, BlockFactors)
+    factors = before.factors
     x = torch.rand(stem.zeros().shape, generator=dice, dtype=torch.float64)
     x[:, 256:] = 0.0
     first = factors[0, 0] @ (factors[0, 0].mT @ x[:, :256].flatten())
     assert torch.allclose(first, equations.normal(x)[:, :256].flatten(), rtol=1e-9)
+
+
+def test_the_diagonal_stands_in_for_blocks_that_are_too_large(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stem, output = pooled(2)
+    joined = stem.joined(output)
+    ones = 1e8 * torch.ones_like(joined)
+    equations = Equations(stem, ones, joined, joined, ones[:, :1])
+    monkeypatch.setattr(maxpool_equations, "DENSE", 0)
+    monkeypatch.setattr(maxpool_equations, "LARGEST_BLOCK", 0)
+    before = equations.preconditioner()
+    assert isinstance(before, Diagonal)
+    nothing = stem.zeros()
+    for place in ((0, 3), (2, 300)):
+        one = nothing.clone()
+        one[place] = 1.0
+        assert before.diagonal[place].item() == pytest.approx(equations.normal(one)[place].item())
+    found = equations.solved(nothing, before, math.inf)
+    left = equations.right() - equations.normal(found)
+    assert float(left.norm()) < 1e-2 * float(equations.right().norm())
+    assert bool((before.spread(found) > 0.0).all())
+    assert before.condition() >= 1.0
+
+
+def test_a_decision_is_given_up_when_its_time_is_over() -> None:
+    stem, _ = pooled(1)
+    assert decide(stem, find_candidates(stem), stem.zeros(), 1e-7, ends=0.0) is None

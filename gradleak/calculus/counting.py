@@ -126,7 +126,7 @@ def _head(walk: Walk, operation: Operation) -> _Found | None:
     gradient = walk.gradient(operation)
     if window is None or delta is None or gradient is None:
         return None
-    solution = solve_input([LayerEquations(window, delta[..., None], gradient)])
+    solution = solve_input([LayerEquations(window, delta[..., None], gradient)], walk.precision)
     # Rounded numbers that sum to zero over the classes are independent by their rounding alone.
     if not solution.determined or solution.residual > walk.usual or delta.shape[1] <= len(delta):
         return None

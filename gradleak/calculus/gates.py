@@ -57,17 +57,36 @@ def read_gate(value: Tensor, std: Tensor) -> Gate:
     return Gate(ratio > edge, certain, doubt.nonzero()[order])
 
 
+def read_sign(value: Tensor, std: Tensor) -> Gate:
+    """Read the gate off an output (N, O, P) that is below zero where the unit was closed."""
+    ratio = value / std
+    certain = ratio >= _LEAST_NOISE
+    doubt = ratio.abs() < _LEAST_NOISE
+    order = ratio[doubt].abs().argsort()
+    return Gate(value > 0.0, certain, doubt.nonzero()[order])
+
+
 @dataclass(frozen=True)
 class GatedLayer:
-    """A layer under a gate: its delta is ``coefficient`` (N, O, P) where the gate is open."""
+    """A layer under a gate: its delta is ``coefficient`` (N, O, P) where the gate is open.
+
+    Where it is closed, its delta is ``closed`` times that: 0 under a ReLU.
+    """
 
     window: Window
     coefficient: Tensor
     gradient: Tensor
+    closed: float = 0.0
 
     def equations(self, mask: Tensor) -> LayerEquations:
         """Return the layer's equations for one ``mask`` (N, O, P)."""
-        return LayerEquations(self.window, self.coefficient * mask, self.gradient)
+        slope = self.closed + (1.0 - self.closed) * mask
+        return LayerEquations(self.window, self.coefficient * slope, self.gradient)
+
+    @property
+    def step(self) -> Tensor:
+        """What opening a unit adds to its delta (N, O, P)."""
+        return (1.0 - self.closed) * self.coefficient
 
 
 @dataclass(frozen=True)
@@ -80,12 +99,16 @@ class Settled:
 
 
 def settle(
-    gate: Gate, layer: GatedLayer, others: Sequence[LayerEquations], allowed: float
+    gate: Gate,
+    layer: GatedLayer,
+    others: Sequence[LayerEquations],
+    allowed: float,
+    precision: float,
 ) -> Settled:
     """Settle the units of ``gate`` by the gradient of the ``layer`` below it.
 
     ``others`` are equations of other layers on the same input; ``allowed`` is the relative
-    residual above which there is a mistake.
+    residual above which there is a mistake, ``precision`` the relative rounding of the gradients.
     """
     mask = gate.mask.clone()
     limit = _spare_channels(layer, others)
@@ -93,18 +116,18 @@ def settle(
     for _ in range(_DECISIONS if len(units) else 0):
         out = torch.zeros(mask.shape[1], dtype=torch.bool, device=mask.device)
         out[units[:, 1]] = True
-        solved = solve_input([layer.equations(mask).without(out), *others])
+        solved = solve_input([layer.equations(mask).without(out), *others], precision)
         if not solved.determined:
             break
         before, mask = mask, _decided(mask, gate.doubtful, layer, solved.x)
         if len(units) == len(gate.doubtful) or bool((mask == before).all()):
             break
-    solved = solve_input([layer.equations(mask), *others])
+    solved = solve_input([layer.equations(mask), *others], precision)
     if solved.determined:
-        bad, x = _misfits(mask, layer, others, solved, allowed, limit)
+        bad, x = _misfits(mask, layer, others, solved, allowed, limit, precision)
         mended = _mended(mask, gate.certain, bad, layer, x)
         if bool((mended != mask).any()):
-            again = solve_input([layer.equations(mended), *others])
+            again = solve_input([layer.equations(mended), *others], precision)
             if again.determined and again.residual < solved.residual:
                 mask, solved = mended, again
     return Settled(mask, solved, int((mask != gate.mask).sum()))
@@ -138,7 +161,7 @@ def _decided(mask: Tensor, units: Tensor, layer: GatedLayer, x: Tensor) -> Tenso
     for channel in sorted(set(units[:, 1].tolist())):
         own = units[units[:, 1] == channel]
         columns = patches[own[:, 0], :, :, own[:, 2]].flatten(1)
-        columns = columns * layer.coefficient[own[:, 0], channel, own[:, 2], None]
+        columns = columns * layer.step[own[:, 0], channel, own[:, 2], None]
         share = least_squares(columns.mT, left[channel].flatten()[:, None])
         mask[own[:, 0], channel, own[:, 2]] = share.flatten() > 0.5
     return mask
@@ -151,6 +174,7 @@ def _misfits(
     solved: Solution,
     allowed: float,
     limit: int,
+    precision: float,
 ) -> tuple[Tensor, Tensor]:
     """Leave out the channels that fit worst until the others agree with each other.
 
@@ -170,7 +194,7 @@ def _misfits(
         more = bad | outlying
         if int(more.sum()) > limit:
             break
-        again = solve_input([whole.without(more), *others])
+        again = solve_input([whole.without(more), *others], precision)
         if not again.determined or (agreed and again.residual > _WORTH * solved.residual):
             break
         bad, solved = more, again
@@ -184,11 +208,12 @@ def _mended(mask: Tensor, certain: Tensor, bad: Tensor, layer: GatedLayer, x: Te
     """
     mask = mask.clone()
     patches = layer.window.patches(x).movedim(3, 1).flatten(2)  # (N, P, C·T)
-    noise = layer.equations(mask & ~bad[:, None]).residuals(x)[~bad].square().mean().sqrt()
+    noise = layer.equations(mask).residuals(x)[~bad].square().mean().sqrt()
+    shut = layer.equations(torch.zeros_like(mask)).residuals(x)  # with all of them closed
     for channel in bad.nonzero().flatten().tolist():
         fixed = certain[:, channel]
-        columns = layer.coefficient[:, channel, :, None] * patches
-        target = layer.gradient[channel].flatten() - columns[fixed].sum(0)
+        columns = layer.step[:, channel, :, None] * patches
+        target = shut[channel].flatten() - columns[fixed].sum(0)
         free = columns[~fixed]
         if len(free) > len(target) or not len(free):
             continue

@@ -119,6 +119,10 @@ class Layer:
         """Return the name of the layer's weight, None without one."""
         return None
 
+    def closed_slope(self, operation: Operation) -> float | None:
+        """Return the slope of a rectifier's closed units, None for what is no rectifier."""
+        return None
+
     def compared(self, operation: Operation, walk: Walking) -> tuple[int, Tensor | None]:
         """Return which tensor to compare with a recovered output, and where.
 

@@ -35,14 +35,15 @@ _FRACTIONS = [0.05 * k for k in range(1, 30)]
 def pooled_gate(layer: GatedLayer) -> Gate | None:
     """Find the mask (1, O, P) above ``layer``, whose coefficient is the same at all its places.
 
-    None where this does not apply: more than one sample, another kernel than 3×3 with stride and
-    padding 1, more places than channels.
+    None where this does not apply: more than one sample, a leaky rectifier, another kernel than
+    3×3 with stride and padding 1, more places than channels.
     """
     coefficient, gradient = layer.coefficient[0], layer.gradient
     channels, places = coefficient.shape
     per_channel = coefficient[:, 0]
     if (
         len(layer.coefficient) > 1
+        or layer.closed != 0.0
         or not _is_same_convolution(layer.window)
         or places > min(channels, gradient.shape[1])
         or not torch.allclose(coefficient, per_channel[:, None].expand_as(coefficient))

@@ -25,6 +25,15 @@ def weight_of(operation: Operation) -> str | None:
     return None if layer is None else layer.weight(operation)
 
 
+def closed_slope(operation: Operation) -> float:
+    """Return the slope of a rectifier's closed units; raises :class:`Stopped` for others."""
+    layer = layer_of(operation.kind)
+    slope = None if layer is None else layer.closed_slope(operation)
+    if slope is None:
+        raise Stopped(f"{operation.kind} has no mask")
+    return slope
+
+
 def gradient_equations(readers: Sequence[Operation], walk: Walking) -> list[LayerEquations]:
     """Return the equations of those ``readers`` whose δ and gradient are there."""
     found = []
@@ -78,6 +87,7 @@ def gated_layer(
     where there is no such layer.
     """
     above = walk.delta(operation.output)
+    closed = closed_slope(operation)
     found = []
     waiting = [] if above is None else [(operation.inputs[0], above)]
     while waiting:
@@ -90,7 +100,7 @@ def gated_layer(
         if layer is not None and gradient is not None:
             window = layer.window(maker, walk)
             if window is not None:
-                found.append((maker, GatedLayer(window, planes(delta), gradient)))
+                found.append((maker, GatedLayer(window, planes(delta), gradient, closed)))
         elif layer is not None and layer.elementwise and maker.kind != operation.kind:
             try:
                 waiting += layer.delta_below(maker, delta, walk).items()

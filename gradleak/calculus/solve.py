@@ -15,6 +15,8 @@ from gradleak.calculus.window import Window
 _SINGULAR = 1e7
 # Rounding of the solution itself, relative to its largest entry.
 _FLOOR = 1e-14
+# Equations that the rounding of the gradients counts as, beside those to spare.
+_PRIOR = 4.0
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,21 @@ class Solution:
         return math.isfinite(self.condition)
 
 
-def solve_input(equations: Sequence[LayerEquations]) -> Solution:
-    """Solve the equations of all layers that read one input, weighted by their gradients' sizes."""
+def solve_input(equations: Sequence[LayerEquations], precision: float) -> Solution:
+    """Solve the equations of all layers that read one input, weighted by their gradients' sizes.
+
+    ``precision`` is the relative rounding of the gradients, which counts beside what the solution
+    leaves where few equations are to spare.
+    """
     first = equations[0]
     samples, channels = first.delta.shape[0], first.gradient.shape[1]
     sizes = [float(torch.linalg.vector_norm(e.gradient)) for e in equations]
     weights = [sizes[0] / size if size > 0.0 else 0.0 for size in sizes]
     matrix = torch.cat([w * e.matrix() for w, e in zip(weights, equations, strict=True)])
     target = torch.cat([w * e.target() for w, e in zip(weights, equations, strict=True)])
+    read = _read(equations)
+    if read is not None:
+        matrix = matrix[:, read]
     unknowns = matrix.shape[1]
     if len(matrix) < unknowns or not sizes[0] > 0.0:
         return _undetermined(samples, channels, first.window.places, matrix)
@@ -89,13 +98,28 @@ def solve_input(equations: Sequence[LayerEquations]) -> Solution:
     x = inverse(target)
     x = x + inverse(target - matrix @ x)
     left = target - matrix @ x
-    spare = max(len(matrix) - unknowns, 1)
-    noise = (left.square().sum(0) / spare).sqrt()
+    rounding = (precision * target).square().mean(0)
+    known = len(matrix) - unknowns + _PRIOR
+    noise = ((left.square().sum(0) + _PRIOR * rounding) / known).sqrt()
     spread = (vectors.square() / values).sum(1).sqrt()
     std = spread[:, None] * noise + _FLOOR * x.abs().amax()
     residual = float(torch.linalg.vector_norm(left) / torch.linalg.vector_norm(target))
+    if read is not None:
+        x = x.new_zeros(len(read), channels).masked_scatter(read[:, None], x)
+        std = torch.full_like(x, math.inf).masked_scatter(read[:, None], std)
     shape = (samples, first.window.places, channels)
     return Solution(x.view(shape).mT, std.view(shape).mT, residual, condition)
+
+
+def _read(equations: Sequence[LayerEquations]) -> Tensor | None:
+    """Return which places (N·places,) any window reads, None for all."""
+    first = equations[0]
+    seen = torch.zeros(first.window.places + 1, dtype=torch.bool)
+    for part in equations:
+        seen[part.window.index.flatten()] = True
+    if bool(seen[:-1].all()):
+        return None
+    return seen[:-1].repeat(len(first.delta)).to(first.delta.device)
 
 
 def _undetermined(samples: int, channels: int, places: int, like: Tensor) -> Solution:

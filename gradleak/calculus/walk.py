@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from gradleak.calculus.gates import Gate, GatedLayer, read_gate, settle
+from gradleak.calculus.gates import Gate, GatedLayer, read_gate, read_sign, settle
 from gradleak.calculus.joint import solve_jointly, too_many
 from gradleak.calculus.layer import Estimate, Layer, Stopped, layer_of
 from gradleak.calculus.logits import rounded_delta
 from gradleak.calculus.pooled import pooled_gate
 from gradleak.calculus.readers import (
+    closed_slope,
     forward_equations,
     gated_layer,
     gradient_equations,
@@ -144,6 +145,7 @@ class Walk:
         self._deltas = {steps.logits: delta.double()}
         self._values: dict[int, Estimate] = {}
         self._masks: dict[int, Tensor] = {}
+        self._settling: set[int] = set()
         self.maps: list[PeeledMap] = []
         self.barriers: list[Barrier] = []
         head = steps.producer(steps.logits)
@@ -190,6 +192,11 @@ class Walk:
         return max(_USUAL * self._unit, self._noise)
 
     @property
+    def precision(self) -> float:
+        """The relative rounding of the gradients."""
+        return self._unit
+
+    @property
     def guessed(self) -> Tensor | None:
         """A rough input (N, C, H, W), None where there is none."""
         return self._guesses.get(0)
@@ -215,35 +222,43 @@ class Walk:
 
     def mask(self, operation: Operation) -> Tensor:
         """Return which units (N, …) of a rectifier were open."""
-        if operation.output not in self._masks:
-            below = gated_layer(operation, self)
-            gate = self._read(operation, None if below is None else below[1][1])
-            mask = gate.mask
-            if below is not None:
-                tensor, (maker, layer), readers = below
-                others = gradient_equations([r for r in readers if r is not maker], self)
-                allowed = max(_ROUNDINGS * self._unit, _JUMP * self._noise)
-                settled = settle(gate, layer, others, allowed)
-                mask = settled.mask
-                torn = settled.solution.residual > _TORN * allowed and len(self.maps) >= _SURE
-                if settled.solution.determined and torn:
-                    raise Stopped(
-                        f"its mask is not settled: the best leaves {settled.solution.residual:.1e} "
-                        f"of the gradient, layers above {self._noise:.1e}"
-                    )
-                if settled.solution.determined:
-                    equations = [layer.equations(mask), *others]
-                    self._keep(tensor, readers, equations, settled.solution, settled.changed)
-            self._masks[operation.output] = mask.view(self.shapes[operation.output])
-        return self._masks[operation.output]
+        number = operation.output
+        if number not in self._masks:
+            if number in self._settling:
+                raise Stopped("its mask is needed to settle its mask")
+            self._settling.add(number)
+            try:
+                self._masks[number] = self._settled(operation).view(self.shapes[number])
+            finally:
+                self._settling.discard(number)
+        return self._masks[number]
+
+    def _settled(self, operation: Operation) -> Tensor:
+        """Settle the mask of a rectifier by the layer below it, and keep what that layer reads."""
+        below = gated_layer(operation, self)
+        gate = self._read(operation, None if below is None else below[1][1])
+        if below is None:
+            return gate.mask
+        tensor, (maker, layer), readers = below
+        others = gradient_equations([r for r in readers if r is not maker], self)
+        allowed = max(_ROUNDINGS * self._unit, _JUMP * self._noise)
+        settled = settle(gate, layer, others, allowed, self._unit)
+        if settled.solution.determined:
+            if settled.solution.residual > _TORN * allowed and len(self.maps) >= _SURE:
+                raise Stopped(
+                    f"its mask is not settled: the best leaves {settled.solution.residual:.1e} "
+                    f"of the gradient, layers above {self._noise:.1e}"
+                )
+            equations = [layer.equations(settled.mask), *others]
+            self._keep(tensor, readers, equations, settled.solution, settled.changed)
+        return settled.mask
 
     def open(self, operation: Operation) -> Tensor:
         """Return which units (N, …) of a rectifier were open, as far as its output tells."""
         settled = self._masks.get(operation.output)
         if settled is not None:
             return settled
-        value = self.value(operation.output)
-        gate = read_gate(planes(value.value), planes(value.std))
+        gate = _gate(operation, self.value(operation.output))
         return gate.mask.view(self.shapes[operation.output])
 
     def _read(self, operation: Operation, below: GatedLayer | None) -> Gate:
@@ -255,7 +270,7 @@ class Walk:
             if gate is None:
                 raise
             return gate
-        return read_gate(planes(value.value), planes(value.std))
+        return _gate(operation, value)
 
     def _layer(self, operation: Operation) -> Layer:
         layer = layer_of(operation.kind)
@@ -300,7 +315,7 @@ class Walk:
         shape = self.shapes[tensor]
         rows = sum(e.delta.shape[1] * e.window.taps for e in equations)
         unknowns = math.prod(shape) // shape[1]
-        solution = solve_input(equations) if equations else None
+        solution = solve_input(equations, self._unit) if equations else None
         if solution is not None and solution.determined:
             return self._keep(tensor, readers, equations, solution, 0)
         count = rows * shape[1] + sum(part.count() for part in forward)
@@ -334,7 +349,9 @@ class Walk:
         if solution.residual > _LOST:
             raise Stopped(f"its equations leave {solution.residual:.0%} of the gradient")
         shape = self.shapes[tensor]
-        estimate = Estimate(solution.x.reshape(shape), solution.std.reshape(shape))
+        read = solution.std.isfinite().reshape(shape)
+        known = None if bool(read.all()) else read
+        estimate = Estimate(solution.x.reshape(shape), solution.std.reshape(shape), known)
         weighted = [r for r in readers if weight_of(r) is not None]
         seen = [r for r in weighted if self.gradient(r) is not None]
         self._values[tensor] = estimate
@@ -378,3 +395,9 @@ class Walk:
         if self._progress is not None:
             phase = f"walk: {found.names[0] if found.names else 'image'}"
             self._progress(Step(phase, len(self.maps), None, found.residual))
+
+
+def _gate(operation: Operation, output: Estimate) -> Gate:
+    """Read the gate of a rectifier off its recovered output."""
+    read = read_sign if closed_slope(operation) > 0.0 else read_gate
+    return read(planes(output.value), planes(output.std))

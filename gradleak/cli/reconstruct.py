@@ -13,9 +13,7 @@ from gradleak.cli.common import (
     Report,
     check_output,
     choose_inputs,
-    exit_code_of,
     keep_apart,
-    number,
     run_stage,
 )
 from gradleak.cli.counting import (
@@ -27,7 +25,7 @@ from gradleak.cli.counting import (
     count,
     refuse_without_dry_run,
 )
-from gradleak.cli.map_report import map_data, map_summary
+from gradleak.cli.image_report import NO_IMAGE, image_report
 from gradleak.cli.options import (
     ATTACK,
     OUTPUT,
@@ -49,22 +47,6 @@ if TYPE_CHECKING:
 NAME = "reconstruct"
 EXAMPLE = "gradleak reconstruct featured.safetensors -o cat-recovered.png"
 _SHEET_WIDTH = 256
-_NOTHING: dict[str, object] = {
-    "method": None,
-    "batch_size": None,
-    "exact": None,
-    "residual": None,
-    "precision": None,
-    "matching": None,
-    "estimated_psnr": None,
-    "maps": [],
-    "stopped": [],
-    "fit": None,
-    "null_control": None,
-    "images": [],
-    "device": None,
-    "seconds": None,
-}
 
 
 def command(
@@ -223,9 +205,9 @@ def command(
                 progress=progress,
             )
         written = _write_pictures(outcome, pictures, sheet)
-        return _report(source, outcome, written), outcome.bundle
+        return image_report(source, outcome, written), outcome.bundle
 
-    run_stage(console, NAME, sources, work, _NOTHING)
+    run_stage(console, NAME, sources, work, NO_IMAGE)
 
 
 def _split_outputs(outputs: list[str], sources: list[str]) -> tuple[list[str], list[str]]:
@@ -267,100 +249,3 @@ def _write_pictures(outcome: ImageOutcome, outputs: list[str], sheet: str | None
         save_sheet(sheet, contact_sheet(rows, scale=scale))
         written.append(sheet)
     return written
-
-
-def _report(source: str, outcome: ImageOutcome, written: list[str]) -> Report:
-    certificate, match = outcome.certificate, outcome.match
-    rows = [
-        ("verdict", f"{outcome.verdict}: {outcome.reason}"),
-        ("method", outcome.method if match is None else _describe_match(outcome)),
-        (
-            "residual",
-            f"{number(certificate.relative)} of the gradient, whose precision is "
-            f"{number(certificate.precision)}",
-        ),
-        *_estimate_rows(outcome),
-        *_control_rows(outcome),
-        *map_summary(outcome.maps, outcome.barriers),
-        *_fit_rows(outcome),
-        ("solved in", f"{outcome.seconds:.3g} s on {outcome.device}"),
-        *(("wrote", name) for name in written),
-    ]
-    data: dict[str, object] = {
-        "input": source,
-        "stage": NAME,
-        "verdict": outcome.verdict,
-        "reason": outcome.reason,
-        "method": outcome.method,
-        "batch_size": len(outcome.images),
-        "exact": certificate.exact,
-        "residual": certificate.relative,
-        "precision": certificate.precision,
-        "matching": None
-        if match is None
-        else {
-            "distance": match.options.distance,
-            "optimiser": match.options.optimiser,
-            "objective": match.objective,
-            "steps": match.steps,
-            "restart": match.restart,
-            "stopped": match.stopped,
-        },
-        "estimated_psnr": outcome.estimated and list(outcome.estimated),
-        "maps": map_data(outcome.maps),
-        "stopped": list(outcome.barriers),
-        "fit": None
-        if outcome.fitted is None
-        else {
-            "maps": list(outcome.fitted.cuts),
-            "equations": outcome.fitted.equations,
-            "residual": outcome.fitted.residual,
-            "expected": outcome.fitted.expected,
-            "steps": outcome.fitted.steps,
-        },
-        "null_control": None
-        if outcome.control is None
-        else {
-            "method": outcome.control.method,
-            "residual": outcome.control.certificate.relative,
-        },
-        "images": written,
-        "device": outcome.device,
-        "seconds": outcome.seconds,
-    }
-    return Report(source, rows, data, exit_code_of(outcome.verdict))
-
-
-def _describe_match(outcome: ImageOutcome) -> str:
-    match = outcome.match
-    assert match is not None
-    return (
-        f"gradient matching, {match.options.distance} with {match.options.optimiser}, "
-        f"{match.steps} steps, ended by {match.stopped}"
-    )
-
-
-def _fit_rows(outcome: ImageOutcome) -> list[tuple[str, str]]:
-    fitted = outcome.fitted
-    if fitted is None:
-        return []
-    text = (
-        f"{', '.join(fitted.cuts)}: {fitted.equations} equations, missed by "
-        f"{number(fitted.residual)}, of which their errors explain {number(fitted.expected)}"
-    )
-    return [("fitted to", text)]
-
-
-def _control_rows(outcome: ImageOutcome) -> list[tuple[str, str]]:
-    control = outcome.control
-    if control is None:
-        return []
-    missed = number(control.certificate.relative)
-    return [("null control", f"noise of the same norms gives a picture that misses it by {missed}")]
-
-
-def _estimate_rows(outcome: ImageOutcome) -> list[tuple[str, str]]:
-    if outcome.estimated is None:
-        return []
-    low, high = outcome.estimated
-    return [("estimated", f"PSNR {low:.0f} to {high:.0f} dB, by the errors of the equations")]

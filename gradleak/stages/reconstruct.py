@@ -27,6 +27,9 @@ from gradleak.stages.feature import BundleLayers
 from gradleak.stages.network import head_feature, input_shape, network_of, normalisation_of
 
 Verdict = Literal["unique", "ambiguous", "approximate"]
+# Dtypes whose rounding, and noise that a walk met, from which 8-bit values are off.
+_COARSE = {"BF16": "bfloat16", "F16": "float16"}
+_NOISY = 5e-5
 METHODS = ("auto", "mlp", "peel", "fit", "match")
 
 
@@ -36,10 +39,12 @@ class ImageOutcome:
 
     ``verdict`` is ``approximate`` unless the gradient re-simulated from the finished image agrees
     with the given one to its own precision (``certificate``); then ``unique``, or ``ambiguous``
-    where pixels have no part in the gradient, or more values than equations. ``maps`` are
+    where pixels have no part in the gradient, there are more values than equations, or the
+    gradient is of half precision. ``maps`` are
     those that the walk recovered, from the head downwards, and ``barriers`` say what it did not get
     past; ``fitted`` and ``match`` tell how a fit and gradient matching went, where they were used.
     ``estimated`` is between which PSNRs (dB) an image is that is not exact, None if nothing tells.
+    ``warning`` says why the gradient's precision cannot support an exact image, None if it can.
     ``control`` is the same attack's answer to noise, if it was asked for.
     """
 
@@ -54,6 +59,7 @@ class ImageOutcome:
     fitted: Fitted | None
     match: MatchResult | None
     estimated: tuple[float, float] | None
+    warning: str | None
     control: Answer | None
     device: str
     seconds: float
@@ -109,7 +115,8 @@ def reconstruct(
     seconds = time.perf_counter() - start
     certificate, match = answer.certificate, answer.match
     sought = sought or (_given(full, model, labels, where) if control else None)
-    verdict, reason = _judge(answer, sought)
+    coarse = _coarse(full)
+    verdict, reason = _judge(answer, sought, coarse)
     noise = None
     if control:
         assert sought is not None
@@ -134,16 +141,18 @@ def reconstruct(
         fitted=answer.fitted,
         match=match,
         estimated=None if certificate.exact else answer.estimated,
+        warning=_precision_warning(coarse, answer),
         control=noise,
         device=str(where),
         seconds=seconds,
     )
 
 
-def _judge(answer: Answer, given: Given | None) -> tuple[Verdict, str]:
+def _judge(answer: Answer, given: Given | None, coarse: str | None) -> tuple[Verdict, str]:
     """Judge by the certificate, and by whether other images would have passed it as well.
 
-    ``given`` is None for an image that was read off a feature, which has all of it.
+    ``given`` is None for an image that was read off a feature, which has all of it; ``coarse`` is
+    the dtype of gradients whose rounding hides 8-bit values.
     """
     certificate = answer.certificate
     if not certificate.exact:
@@ -162,7 +171,34 @@ def _judge(answer: Answer, given: Given | None) -> tuple[Verdict, str]:
             )
         if free:
             return "ambiguous", f"one of many: {free} of {pixels} pixels are not in the gradient"
+    if coarse is not None:
+        return "ambiguous", (
+            f"one of many: it meets the gradient to {coarse}'s rounding, and so may images with "
+            "other 8-bit values"
+        )
     return "unique", "exact: the finished image's own gradient is the given one to its precision"
+
+
+def _coarse(bundle: Bundle) -> str | None:
+    """Return the dtype of gradients that are too coarse to tell 8-bit values apart, None if none.
+
+    Their rounding moves pixels by more than an 8-bit step (docs/results/images_noise.md).
+    """
+    found = {bundle.info(GRAD + name).dtype for name in bundle.names(GRAD)}
+    return next((name for dtype, name in _COARSE.items() if dtype in found), None)
+
+
+def _precision_warning(coarse: str | None, answer: Answer) -> str | None:
+    """Say that the gradient is too coarse, or too noisy, for an image that is exact."""
+    if coarse is not None:
+        return f"the gradient is of {coarse}, which cannot support an exact image"
+    noise = 0.0 if answer.walk is None else answer.walk.usual
+    if noise <= _NOISY:
+        return None
+    return (
+        f"the layers' own equations leave {noise:.0e} of the gradient: noise of that size cannot "
+        "support an exact image"
+    )
 
 
 def _given(

@@ -1,4 +1,4 @@
-"""Activations whose output tells their slope: sigmoid, tanh, leaky ReLU."""
+"""Activations whose output tells their slope: sigmoid and tanh."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gradleak.activations import Activation, activation
+from gradleak.activations import activation
 from gradleak.calculus.layer import Estimate, Layer, Stopped, Walking, register
 from gradleak.calculus.trace import Operation
 
@@ -15,9 +15,9 @@ from gradleak.calculus.trace import Operation
 _SATURATED = 1e-12
 
 
-@register("sigmoid", "tanh", "leaky_relu")
+@register("sigmoid", "tanh")
 class Invertible(Layer):
-    """An activation that is one-to-one."""
+    """An activation that is one-to-one and smooth."""
 
     elementwise = True
 
@@ -25,34 +25,21 @@ class Invertible(Layer):
         self, operation: Operation, delta: Tensor, walk: Walking
     ) -> Mapping[int, Tensor]:
         """Multiply δ by the slope at the recovered output."""
-        slope = self._activation(operation).slope_at_output
-        if slope is None:
-            raise Stopped(f"{operation.kind} with this slope is not one-to-one")
-        output = walk.value(operation.output)
-        return {operation.inputs[0]: delta * slope(output.value)}
+        phi, output = activation(operation.kind), walk.value(operation.output)
+        if phi is None or phi.slope_at_output is None:
+            raise Stopped(f"the slope of {operation.kind} is not known")
+        if output.known is not None and bool((delta[~output.known] != 0.0).any()):
+            raise Stopped("its output is known in parts")
+        return {operation.inputs[0]: delta * phi.slope_at_output(output.value)}
 
     def value_below(self, operation: Operation, value: Estimate, walk: Walking) -> Estimate | None:
         """Invert the activation."""
-        phi = self._activation(operation)
-        out = value.value
-        if operation.kind == "sigmoid":
-            out = out.clamp(_SATURATED, 1.0 - _SATURATED)
-            found = torch.logit(out)
-        elif operation.kind == "tanh":
-            out = out.clamp(_SATURATED - 1.0, 1.0 - _SATURATED)
-            found = torch.atanh(out)
-        elif phi.slope_at_output is not None:
-            found = out / phi.slope_at_output(out)
-        else:
+        phi = activation(operation.kind)
+        if phi is None:
             return None
+        if operation.kind == "sigmoid":
+            found = torch.logit(value.value.clamp(_SATURATED, 1.0 - _SATURATED))
+        else:
+            found = torch.atanh(value.value.clamp(_SATURATED - 1.0, 1.0 - _SATURATED))
         slope = phi.slope_at_input(found).abs().clamp(min=_SATURATED)
         return Estimate(found, value.std / slope, value.known)
-
-    def _activation(self, operation: Operation) -> Activation:
-        name = operation.kind
-        if name == "leaky_relu":
-            name += f":{operation.argument(1, 'negative_slope', 0.01)!r}"
-        found = activation(name)
-        if found is None:
-            raise Stopped(f"{name} is not known")
-        return found

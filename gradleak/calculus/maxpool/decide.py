@@ -8,6 +8,7 @@ alone leave open, such as two windows that agree by accident, the gradient decid
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from gradleak.calculus.maxpool.candidates import Candidates
 from gradleak.calculus.maxpool.choices import refine_choices
 from gradleak.calculus.maxpool.equations import Equations
+from gradleak.calculus.maxpool.precondition import Preconditioner
 from gradleak.calculus.maxpool.stem import PooledConvolution
 
 # Rounds of deciding and solving; a round that leaves more than this share of the median misfit
@@ -26,7 +28,9 @@ _ROUNDS, _GAIN = 10, 0.7
 _OUTLYING, _HEATS, _NEAR = 64.0, (1e8, 1e4, 1e2, 1.0), 1e-3
 # What fits within that many times the usual residual is taken for right.
 JUMP = 20.0
-_STEPS, _ROUGHLY = 60, 150
+# Nothing that is missed by more is, however noisy the data.
+_LOST = 0.05
+_ROUGHLY = 150
 _SAMPLED = 10000
 
 
@@ -35,8 +39,8 @@ class Decision:
     """An input ``x`` (C, N·places) with one choice (O, N·Q, K+1) a window.
 
     ``misfit`` (O,) are mean squares of what is left of the gradient, ``residual`` and ``beside``
-    the relative size of that and of what is left of the pooled values; ``factors`` those of the
-    last normal matrix, None before any was made.
+    the relative size of that and of what is left of the pooled values; ``before`` is the
+    preconditioner of the last equations, None before any were solved.
     """
 
     x: Tensor
@@ -44,31 +48,34 @@ class Decision:
     misfit: Tensor
     residual: float
     beside: float
-    factors: Tensor | None
+    before: Preconditioner | None
 
     def fits(self, usual: float) -> bool:
         """Whether gradient and values are met as usual: ``usual`` is a relative residual."""
-        return max(self.residual, self.beside) <= JUMP * usual
+        return max(self.residual, self.beside) <= min(JUMP * usual, _LOST)
 
 
 def decide(
-    stem: PooledConvolution, candidates: Candidates, x: Tensor, usual: float
+    stem: PooledConvolution, candidates: Candidates, x: Tensor, usual: float, ends: float
 ) -> Decision | None:
     """Decide all windows near an input ``x`` (C, N·places); None where that does not settle.
 
-    ``usual`` is the relative residual that the data's noise leaves.
+    ``usual`` is the relative residual that the data's noise leaves. At the time ``ends`` it is
+    given up.
     """
     delta = stem.joined(stem.delta)
     last = math.inf
-    factors: Tensor | None = None
+    before: Preconditioner | None = None
     found: Decision | None = None
     for _ in range(_ROUNDS):
+        if time.monotonic() > ends:
+            break
         patches = stem.patches(x)
         seen = candidates.gather(stem.output(patches))
         apart = (seen - candidates.value[:, :, None]).abs()
         width = _width(candidates, apart)
         log_odds = candidates.prior - (apart / width).square().clamp(max=1e12) / 2.0
-        now = _judged(stem, candidates, x, patches, candidates.best(log_odds), factors)
+        now = _judged(stem, candidates, x, patches, candidates.best(log_odds), before)
         median = float(now.misfit.median())
         near = median <= _NEAR**2 * float(stem.gradient.square().mean())
         if near and bool((now.misfit > _OUTLYING * median).any()):
@@ -79,10 +86,10 @@ def decide(
                 tried = refine_choices(
                     stem, candidates, delta, patches, tried, log_odds / heat, noise * heat, [order]
                 )
-            other = _judged(stem, candidates, x, patches, candidates.best(tried.log()), factors)
+            other = _judged(stem, candidates, x, patches, candidates.best(tried.log()), before)
             better = (other.misfit < now.misfit)[:, None, None]
             mixed = torch.where(better, other.choices, now.choices)
-            now = _judged(stem, candidates, x, patches, mixed, factors)
+            now = _judged(stem, candidates, x, patches, mixed, before)
             median = float(now.misfit.median())
         done = now.fits(usual)
         if done and found is not None and now.residual >= _GAIN * found.residual:
@@ -93,8 +100,8 @@ def decide(
         last = median
         equations = _trusting(stem, candidates, now, usual)
         if near:
-            factors = equations.factors()
-            x = equations.solved(x, factors, _STEPS)
+            before = equations.preconditioner()
+            x = equations.solved(x, before, ends)
         else:  # what is wrong still is worth no more
             x = equations.approached(x, _ROUGHLY, 1e-11)
     return found
@@ -114,7 +121,7 @@ def _judged(
     x: Tensor,
     patches: Tensor,
     choices: Tensor,
-    factors: Tensor | None,
+    before: Preconditioner | None,
 ) -> Decision:
     """See how ``choices`` fit at an input ``x`` with its ``patches``."""
     delta = candidates.scatter(choices * stem.joined(stem.delta)[:, :, None])
@@ -129,7 +136,7 @@ def _judged(
         misfit=left.square().mean(1),
         residual=float(torch.linalg.vector_norm(left) / whole),
         beside=float(beside / torch.linalg.vector_norm(candidates.value[sure])),
-        factors=factors,
+        before=before,
     )
 
 

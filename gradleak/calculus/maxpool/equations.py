@@ -8,6 +8,8 @@ of all output channels share Δᵀ Δ.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,15 +17,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gradleak.calculus.maxpool.precondition import BlockFactors, Diagonal, Preconditioner
 from gradleak.calculus.maxpool.stem import PooledConvolution
 
-# Unknowns up to which a block of the normal matrix is made and factorised.
-DENSE = 4600
+# Unknowns of a sample, and of a channel, up to which that block of the normal matrix is factorised.
+# Larger ones take longer to be applied than all else that a step does.
+DENSE, LARGEST_BLOCK = 4600, 1600
 # Keeps the factor of a nearly singular normal matrix real, relative to its diagonal.
 _RIDGE = 1e-13
-# Where conjugate gradients end: squared errors of each unknown in units of its variance, and the
-# relative rest where no such unit is known.
-_ENOUGH, _EXACT = 1e-4, 1e-12
+# Where conjugate gradients end: squared errors of each unknown in units of its variance, or so many
+# steps with blocks and with the diagonal.
+_ENOUGH, _STEPS, _STEPS_DIAGONAL = 1e-4, 60, 2000
 
 
 @dataclass(frozen=True)
@@ -63,15 +67,15 @@ class Equations:
         enough = tolerance**2 * float(right.square().sum())
         return _descend(self.normal, right, x, lambda rest: rest, steps, enough)
 
-    def factors(self) -> Tensor | None:
-        """Return Cholesky factors (N, B, n, n) of the blocks of the normal matrix.
+    def preconditioner(self) -> Preconditioner:
+        """Return the factors of the normal matrix's blocks, or its diagonal.
 
-        A block is one sample, B = 1, or one channel of one where that is too large, B = C. None
-        where channels are too large as well.
+        A block is one sample, or one channel of one where that is too large.
         """
         stem = self.stem
-        if stem.convolution.places > DENSE:
-            return None
+        places = stem.convolution.places
+        if places > LARGEST_BLOCK and stem.channels * places > DENSE:
+            return Diagonal(self._diagonal())
         inner = (self.delta * self.channel_weight).mT @ self.delta
         factors = []
         for n in range(stem.samples):
@@ -79,31 +83,24 @@ class Equations:
             diagonal = blocks.diagonal(dim1=-2, dim2=-1)
             diagonal += _RIDGE * diagonal.mean(-1, keepdim=True)
             factors.append(torch.linalg.cholesky_ex(blocks).L)
-        return torch.stack(factors)
+        return BlockFactors(torch.stack(factors))
 
-    def solved(self, x: Tensor, factors: Tensor | None, steps: int) -> Tensor:
-        """Return the solution, from ``x`` by conjugate gradients with ``factors`` before them.
+    def solved(self, x: Tensor, before: Preconditioner, ends: float) -> Tensor:
+        """Return the solution, from ``x`` by conjugate gradients with a preconditioner.
 
-        Where weights are inverse variances, it is the solution to a hundredth of its errors.
+        Where weights are inverse variances, it is the solution to a hundredth of its errors. At
+        the time ``ends`` (of ``time.monotonic``) it is what there is.
         """
-        if factors is None:
-            return self.approached(x, steps, _EXACT)
-        samples, blocks = factors.shape[:2]
+        steps = _STEPS if isinstance(before, BlockFactors) else _STEPS_DIAGONAL
+        enough = _ENOUGH * x.numel()
+        return _descend(self.normal, self.right(), x, before.solve, steps, enough, ends)
 
-        def before(rest: Tensor) -> Tensor:
-            parts = rest.view(len(rest), samples, -1).transpose(0, 1)
-            if blocks > 1:
-                found = torch.cholesky_solve(parts[..., None], factors)[..., 0]
-            else:  # one by one: together they would be copied
-                found = torch.stack(
-                    [
-                        torch.cholesky_solve(part.reshape(-1, 1), factor[0]).view_as(part)
-                        for part, factor in zip(parts, factors, strict=True)
-                    ]
-                )
-            return found.transpose(0, 1).reshape(rest.shape)
-
-        return _descend(self.normal, self.right(), x, before, steps, _ENOUGH * x.numel())
+    def _diagonal(self) -> Tensor:
+        """Return the diagonal (C, N·places) of the normal matrix; places never read have one."""
+        entries = self.stem.weight.square().mT @ self.entry_weight
+        gradient = (self.channel_weight * self.delta.square()).sum(0)
+        found = self.stem.spread(entries + gradient)
+        return torch.where(found > 0.0, found, 1.0)
 
     def _blocks(self, inner: Tensor, n: int) -> Tensor:
         """Return the blocks (B, n, n) of sample ``n``; ``inner`` is Δᵀ Δ, weighted."""
@@ -149,17 +146,19 @@ def _descend(
     before: Callable[[Tensor], Tensor],
     steps: int,
     enough: float,
+    ends: float = math.inf,
 ) -> Tensor:
     """Conjugate gradients for ``normal`` x = ``right``, ``before`` being the preconditioner.
 
-    They end when the rest's square, in the preconditioner's norm, is no more than ``enough``.
+    They end when the rest's square, in the preconditioner's norm, is no more than ``enough``, and
+    at the time ``ends``.
     """
     rest = right - normal(x)
     ahead = before(rest)
     way = ahead.clone()
     size = (rest * ahead).sum()
     for _ in range(steps):
-        if not float(size) > enough:
+        if not float(size) > enough or time.monotonic() > ends:
             break
         pull = normal(way)
         length = size / (way * pull).sum()

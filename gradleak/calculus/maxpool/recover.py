@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradleak.calculus.maxpool.anneal import anneal
 from gradleak.calculus.maxpool.candidates import find_candidates
-from gradleak.calculus.maxpool.decide import Decision, decide
+from gradleak.calculus.maxpool.decide import decide
 from gradleak.calculus.maxpool.stem import PooledConvolution
 
 # A gradient missed by more is too far from a decision for one to be tried; after one that did not
@@ -74,39 +74,22 @@ def recover_input(
             if not approach.warm or approach.misfit > worth:
                 continue
             worth = _NEARER * approach.misfit
-            found = decide(stem, candidates, approach.x, usual)
+            found = decide(stem, candidates, approach.x, usual, ends)
             if found is not None:
                 delta = candidates.scatter(found.choices * stem.joined(stem.delta)[:, :, None])
+                lost = torch.full_like(found.x, math.inf)
+                before = found.before
                 return PooledInput(
                     x=stem.maps(found.x),
-                    std=stem.maps(_errors(stem, found)),
+                    std=stem.maps(lost if before is None else before.spread(found.x)),
                     delta=delta.view(len(delta), stem.samples, -1).transpose(0, 1),
                     residual=found.residual,
                     beside=found.beside,
-                    condition=_condition(found.factors),
+                    condition=math.inf if before is None else before.condition(),
                     solved=True,
                 )
         if time.monotonic() > ends:
             break
     nothing = torch.zeros_like(stem.delta[:, :, :1]).expand(-1, -1, stem.windows)
-    x, lost = stem.maps(best), math.inf
-    return PooledInput(x, torch.full_like(x, lost), nothing, missed, lost, lost, False)
-
-
-def _errors(stem: PooledConvolution, found: Decision) -> Tensor:
-    """Return the standard deviations (C, N·places): those of a block with the others known.
-
-    The weights of the last equations are the inverse squares of their errors.
-    """
-    if found.factors is None:
-        return torch.full_like(found.x, math.inf)
-    spread = torch.cholesky_inverse(found.factors).diagonal(dim1=-2, dim2=-1).sqrt()
-    return spread.reshape(stem.samples, stem.channels, -1).transpose(0, 1).reshape(found.x.shape)
-
-
-def _condition(factors: Tensor | None) -> float:
-    """Return the largest ratio of two pivots of one block."""
-    if factors is None:
-        return math.inf
-    pivots = factors.diagonal(dim1=-2, dim2=-1)
-    return float((pivots.amax(-1) / pivots.amin(-1)).amax())
+    x, never = stem.maps(best), math.inf
+    return PooledInput(x, torch.full_like(x, never), nothing, missed, never, never, False)
