@@ -48,13 +48,14 @@ class DescentOptions:
 class Descended:
     """Where a descent ended after so many ``steps``: the image ``x``, and the sum of ``squares``.
 
-    It is ``done`` where that is small enough, or the image was accepted.
+    It is ``done`` where that is small enough, or the image was ``accepted``.
     """
 
     x: Tensor
     squares: float
     steps: int
     done: bool
+    accepted: bool = False
 
 
 def descend(
@@ -100,7 +101,7 @@ def descend(
         taken = accepted is not None and accepted(here.x)
         if taken or idle == _IDLE:
             break
-    return Descended(here.x, here.squares, step, taken or here.squares <= options.enough)
+    return Descended(here.x, here.squares, step, taken or here.squares <= options.enough, taken)
 
 
 class _Point:

@@ -78,7 +78,8 @@ def fit_image(
     x = _resized(x, size)
     enough = _enough(rough, torch.float32)
     x = fit.descend("maps", rough.missed_maps, x, replace(_MAPS, enough=enough), accepted)
-    if not fit.done:
+    if not fit.done or (rough.map_equations() < x.numel() and not fit.accepted):
+        # Maps with fewer values than the image has are met by many images.
         x = fit.descend("gradients", rough.missed, x, replace(_GRADIENTS, enough=enough), accepted)
     fine = RemainingNetwork(walk)
     x = x.double()
@@ -101,7 +102,7 @@ class _Fit:
 
     def __init__(self, ends: float, generator: torch.Generator, progress: Progress | None) -> None:
         self._ends, self._generator, self._progress = ends, generator, progress
-        self.done, self.steps = False, 0
+        self.done, self.accepted, self.steps = False, False, 0
 
     def left(self) -> float:
         """Return the seconds left."""
@@ -125,7 +126,8 @@ class _Fit:
         found = descend(
             residuals, x, options, generator=self._generator, progress=note, accepted=accepted
         )
-        self.done, self.steps = found.done, self.steps + found.steps
+        self.done, self.accepted = found.done, found.accepted
+        self.steps += found.steps
         return found.x
 
 

@@ -89,8 +89,13 @@ class RemainingNetwork:
 
     def equations(self) -> int:
         """Return how many numbers a trial image has to meet, the bounds not counted."""
-        values = [c.target.numel() if c.open is None else int(c.open.sum()) for c in self.cuts]
-        return sum(values) + sum(gradient.numel() for gradient in self._gradients.values())
+        return self.map_equations() + sum(g.numel() for g in self._gradients.values())
+
+    def map_equations(self) -> int:
+        """Return how many of these numbers are values of the maps."""
+        return sum(
+            cut.target.numel() if cut.open is None else int(cut.open.sum()) for cut in self.cuts
+        )
 
     def noise(self) -> float:
         """Return the sum of squares that the errors of the maps alone leave."""

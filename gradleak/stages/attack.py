@@ -14,6 +14,8 @@ from torch.nn.functional import interpolate
 
 from gradleak.calculus.descent import DescentOptions, descend
 from gradleak.calculus.fit import Fitted, fit_image
+from gradleak.calculus.prior import Bounds, least_variation
+from gradleak.calculus.remaining import RemainingNetwork
 from gradleak.calculus.walk import Walk, walk_down
 from gradleak.errors import IncompleteError, UsageError
 from gradleak.normalisation import denormalise, normalise
@@ -28,6 +30,8 @@ from gradleak.reconstruction.resimulate import GradientResidual, check_reconstru
 _FAR = 1e-2
 # Levels of an 8-bit picture, and how far from one a pixel may be to count as being there.
 _LEVELS, _OFF_LEVEL = 255.0, 0.3
+# A fit that misses the maps by no more is one of many, if it is not exact.
+_FITS = 1e-3
 # An answer whose gradient is that near is refined against the gradient itself.
 _NEAR = 0.3
 _REFINING = DescentOptions(steps=20, inner=60, damping=1e-6)
@@ -120,6 +124,12 @@ class Given:
             (slope,) = torch.autograd.grad(loss, inputs)
         return int((slope == 0.0).all(1).sum())
 
+    def bounds(self) -> Bounds:
+        """Return what the network takes of black and white pictures."""
+        ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device=self.labels.device)
+        both = normalise(ends.view(2, 1, 1, 1).expand(2, self.shape[0], 1, 1), *self.normalisation)
+        return Bounds(both[:1], both[1:])
+
     def smooth_start(self, dice: torch.Generator) -> Tensor:
         """Return smooth random inputs (N, C, H, W): at plain grey all kinks of ReLUs meet."""
         size = (len(self.labels), self.shape[0], _START_GRID, _START_GRID)
@@ -192,6 +202,17 @@ def _by_walk(
     )
     answers = [given.answer("fit", image) for image in (fitted.image, rough) if image is not None]
     best = min(answers, key=lambda answer: answer.certificate.relative)
+    if fitted.residual <= _FITS and not best.certificate.exact:
+        # Others fit as well: the smoothest is the likeliest, and its gradient is the judge.
+        smooth = least_variation(
+            RemainingNetwork(walk),
+            fitted.image,
+            given.bounds(),
+            seconds=_rest(limit, start),
+            generator=dice,
+            progress=progress,
+        )
+        best = min(best, given.answer("fit", smooth), key=lambda a: a.certificate.relative)
     best = replace(best, walk=walk, fitted=fitted)
     return _refined(best, given, _rest(limit, start), seed, progress)
 
