@@ -119,6 +119,13 @@ class Layer:
         """Return the name of the layer's weight, None without one."""
         return None
 
+    def softened(self, operation: Operation, value: Tensor, width: float) -> Tensor | None:
+        """Return the output for an input ``value`` with a kink rounded over ``width``.
+
+        None where the layer has no kink, or none that is rounded.
+        """
+        return None
+
     def closed_slope(self, operation: Operation) -> float | None:
         """Return the slope of a rectifier's closed units, None for what is no rectifier."""
         return None

@@ -1,15 +1,18 @@
-"""Of all images that meet the equations, the one of least total variation within its bounds.
+"""An image that a gradient leaves many choices of: the smoothest within its bounds.
 
-Where a gradient has fewer equations than the image has values, a fit ends at any of many images.
-Pictures are smooth between edges: total variation, made a sum of squares with weights of its own
-slopes (iteratively reweighted least squares), chooses among them. The equations keep their say, by
-a weight that leaves what the prior gains of them far below what it changes in the picture.
+Where a gradient has fewer equations than the image has values, or the masks of its units are not
+known, a fit ends at any of many images. Two things lead it on. Pictures are smooth between edges:
+total variation, made a sum of squares with weights of its own slopes (iteratively reweighted least
+squares), chooses among them. And kinks are rounded at first, so that a descent sees units open and
+close. Both are withdrawn step by step, and the equations have the last word (graduated
+non-convexity: Blake and Zisserman, Visual Reconstruction, 1987).
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,12 +22,16 @@ from gradleak.calculus.descent import DescentOptions, descend
 from gradleak.calculus.remaining import RemainingNetwork
 from gradleak.progress import Progress, Step
 
-_ROUNDS = 10
-# Weight of the equations beside the prior's mean square, and of what leaves the bounds.
-_EQUATIONS, _OUTSIDE = 1e3, 3.0
-# Slopes below this count as flat: at first, its factor from round to round, and the least.
-_FLAT, _SHARPER, _FLATTEST = 0.3, 0.6, 0.01
-_OPTIONS = DescentOptions(steps=6, inner=150, damping=1e-4)
+# Roundness of the kinks, relative to the spread of what meets them, round by round: the image is
+# decided early, the equations are met late.
+_EARLY = tuple(0.5 * 0.8**number for number in range(15))
+_LATE = tuple(0.01 * 0.4**number for number in range(4))
+# Slopes below this share of the roundness count as flat, those below the second in any case.
+_FLAT, _FLATTEST = 0.3, 0.01
+# Weight of what leaves the bounds, beside the slopes.
+_OUTSIDE = 3.0
+_DAMPING, _LATE_DAMPING = 1e-3, 1e-5
+_OPTIONS = DescentOptions(steps=15, inner=60)
 
 
 @dataclass(frozen=True)
@@ -39,37 +46,49 @@ class Bounds:
         return (x - self.high).clamp(min=0.0) + (self.low - x).clamp(min=0.0)
 
 
-def least_variation(
+def smoothest_image(
     network: RemainingNetwork,
-    image: Tensor,
+    start: Tensor,
     bounds: Bounds,
     *,
     seconds: float,
     generator: torch.Generator,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Move an ``image`` (N, C, H, W) that fits to one that fits as well and varies less."""
+    """Fit an image (N, C, H, W) to the equations of ``network``, the smoother the fewer they are.
+
+    ``start`` need not be near; ``seconds`` bounds the time, and ``progress`` is called with every
+    roundness.
+    """
     ends = time.monotonic() + seconds
+    image = start.double()
     share = 1.0 / math.sqrt(image.numel())
-    for number in range(_ROUNDS):
+    rounds = (*_EARLY, *_LATE)
+    for number, softness in enumerate(rounds):
         left = ends - time.monotonic()
         if left <= 0.0:
             break
-        flat = max(_FLAT * _SHARPER**number, _FLATTEST)
-        weights = [_root_weight(slope, flat) for slope in _slopes(image)]
+        roots = [
+            softness * share * _root_weight(slope, max(_FLAT * softness, _FLATTEST))
+            for slope in _slopes(image)
+        ]
+        outside = _OUTSIDE * softness * share
 
-        def residuals(x: Tensor, weights: list[Tensor] = weights) -> tuple[Tensor, ...]:
-            return (
-                *(_EQUATIONS * part for part in network.missed(x)),
-                *(share * w * slope for w, slope in zip(weights, _slopes(x), strict=True)),
-                _OUTSIDE * share * bounds.exceeded(x),
-            )
+        def residuals(
+            x: Tensor,
+            soft: float = softness,
+            roots: Sequence[Tensor] = tuple(roots),
+            outside: float = outside,
+        ) -> tuple[Tensor, ...]:
+            smooth = (root * slope for root, slope in zip(roots, _slopes(x), strict=True))
+            return (*network.missed(x, soft), *smooth, outside * bounds.exceeded(x))
 
-        options = replace(_OPTIONS, seconds=left)
+        damping = _DAMPING if softness in _EARLY else _LATE_DAMPING
+        options = replace(_OPTIONS, damping=damping, seconds=left)
         found = descend(residuals, image, options, generator=generator)
         image = found.x
         if progress is not None:
-            progress(Step("fit: least variation", number + 1, _ROUNDS, found.squares))
+            progress(Step("fit: smoothest image", number + 1, len(rounds), found.squares))
     return image
 
 

@@ -105,14 +105,18 @@ class RemainingNetwork:
         """Return what ``image`` (N, C, H, W) misses of each cut, relative to its norm."""
         return self._compared(self._run(image, {}))
 
-    def missed(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Return the same, and what ``image`` misses of the gradients of the weights below."""
+    def missed(self, image: Tensor, softness: float = 0.0) -> tuple[Tensor, ...]:
+        """Return the same, and what ``image`` misses of the gradients of the weights below.
+
+        Kinks are rounded over ``softness`` times the spread of what meets them: a descent sees then
+        that a unit may open or close, which a gradient depends on.
+        """
         if not self._gradients:
-            return self.missed_maps(image)
+            return self._compared(self._run(image, {}, softness))
 
         with torch.enable_grad():
             own = {n: self._state[n].detach().requires_grad_() for n in self._gradients}
-            values = self._run(image, own)
+            values = self._run(image, own, softness)
             pulls = [
                 (cut.delta * value).sum()
                 for cut, value in zip(self.cuts, values, strict=True)
@@ -126,13 +130,23 @@ class RemainingNetwork:
         ]
         return (*self._compared(values), *left)
 
-    def _run(self, image: Tensor, parameters: Mapping[str, Tensor]) -> list[Tensor]:
+    def _run(
+        self, image: Tensor, parameters: Mapping[str, Tensor], softness: float = 0.0
+    ) -> list[Tensor]:
         """Return the tensors that the cuts compare."""
         state = {**self._state, **parameters}
         values = {**self._fixed, 0: image}
         for operation in self._operations:
-            values[operation.output] = operation.run([values[n] for n in operation.inputs], state)
+            inputs = [values[n] for n in operation.inputs]
+            value = self._softened(operation, inputs[0], softness)
+            values[operation.output] = operation.run(inputs, state) if value is None else value
         return [values[cut.tensor] for cut in self.cuts]
+
+    def _softened(self, operation: Operation, value: Tensor, softness: float) -> Tensor | None:
+        layer = layer_of(operation.kind)
+        if softness == 0.0 or layer is None or operation.output in {c.tensor for c in self.cuts}:
+            return None
+        return layer.softened(operation, value, softness * float(value.detach().std()))
 
     def _compared(self, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(cut.missed(value) for cut, value in zip(self.cuts, values, strict=True))

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 
 from gradleak.calculus.descent import DescentOptions, descend
 from gradleak.calculus.fit import Fitted, fit_image
-from gradleak.calculus.prior import Bounds, least_variation
+from gradleak.calculus.prior import Bounds, smoothest_image
 from gradleak.calculus.remaining import RemainingNetwork
 from gradleak.calculus.walk import Walk, walk_down
 from gradleak.errors import IncompleteError, UsageError
@@ -28,10 +28,10 @@ from gradleak.reconstruction.resimulate import GradientResidual, check_reconstru
 
 # An image whose gradient misses the given one by more is worth a try of matching.
 _FAR = 1e-2
+# A fit whose gradient misses more, and more than noise explains, is one of many, or a wrong one.
+_UNEXPLAINED = 1e-3
 # Levels of an 8-bit picture, and how far from one a pixel may be to count as being there.
 _LEVELS, _OFF_LEVEL = 255.0, 0.3
-# A fit that misses the maps by no more is one of many, if it is not exact.
-_FITS = 1e-3
 # An answer whose gradient is that near is refined against the gradient itself.
 _NEAR = 0.3
 _REFINING = DescentOptions(steps=20, inner=60, damping=1e-6)
@@ -202,11 +202,11 @@ def _by_walk(
     )
     answers = [given.answer("fit", image) for image in (fitted.image, rough) if image is not None]
     best = min(answers, key=lambda answer: answer.certificate.relative)
-    if fitted.residual <= _FITS and not best.certificate.exact:
-        # Others fit as well: the smoothest is the likeliest, and its gradient is the judge.
-        smooth = least_variation(
+    if best.certificate.relative > max(_UNEXPLAINED, _AS_NOISY * walk.usual):
+        # Where many fit, or none was found, the smoothest is the likeliest; its gradient judges.
+        smooth = smoothest_image(
             RemainingNetwork(walk),
-            fitted.image,
+            given.smooth_start(dice),
             given.bounds(),
             seconds=_rest(limit, start),
             generator=dice,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from gradleak.calculus.layer import Estimate, Layer, Stopped, Walking, register
 from gradleak.calculus.trace import Operation
@@ -33,6 +34,10 @@ class Rectifier(Layer):
         """Compare the input: closed units show that it is not positive, and no more."""
         return operation.inputs[0], walk.open(operation)
 
+    def softened(self, operation: Operation, value: Tensor, width: float) -> Tensor:
+        """Return the softplus of a ``value``, which is within ``width`` of what it replaces."""
+        return width * softplus(value / width)
+
     def closed_slope(self, operation: Operation) -> float | None:
         """Return 0: a closed unit passes nothing."""
         return 0.0
@@ -58,6 +63,11 @@ class LeakyRectifier(Layer):
             return None
         back = torch.where(value.value > 0.0, 1.0, 1.0 / slope)
         return Estimate(value.value * back, value.std * back, value.known)
+
+    def softened(self, operation: Operation, value: Tensor, width: float) -> Tensor | None:
+        """Return the same mixture of a line and a softplus."""
+        slope = self.closed_slope(operation)
+        return slope * value + (1.0 - slope) * width * softplus(value / width)
 
     def closed_slope(self, operation: Operation) -> float:
         """Return the slope below zero; raises :class:`Stopped` where the output hides the sign."""
