@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gradleak.calculus.descent import DescentOptions, descend
 from gradleak.calculus.fit import fit_image
+from gradleak.calculus.prior import Bounds, smoothest_image
 from gradleak.calculus.remaining import RemainingNetwork
 from gradleak.errors import IncompleteError
 
@@ -110,3 +111,45 @@ def test_the_descent_solves_a_linear_problem_and_stops_when_it_is_done() -> None
     assert float((found.x - true).abs().max()) < 1e-7
     halted = descend(left, torch.zeros_like(true), DescentOptions(seconds=0.0), generator=dice)
     assert halted.steps == 0
+
+
+@pytest.fixture(scope="module")
+def open_case() -> Case:
+    """Return a network whose first mask and input stay out of reach of the walk."""
+    torch.manual_seed(5)
+    layers = [
+        nn.Conv2d(3, 8, 5, stride=2, padding=2),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 5, stride=2, padding=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 6 * 6, 10),
+    ]
+    return Case(nn.Sequential(*layers), 24)
+
+
+def test_of_many_images_that_fit_the_smoothest_is_nearer_than_any(open_case: Case) -> None:
+    case, walk = open_case, open_case.walk()
+    assert walk.image is None
+    network = RemainingNetwork(walk)
+    dice = torch.Generator().manual_seed(0)
+    start = 0.3 * torch.randn(case.images.shape, generator=dice)
+    any_image = fit_image(walk, start, seconds=20.0, generator=dice).image
+    ends = torch.tensor([-2.0, 2.0], dtype=torch.float64).view(2, 1, 1, 1)
+    bounds = Bounds(ends[:1], ends[1:])
+    found = smoothest_image(network, start, bounds, seconds=60.0, generator=dice)
+    true = case.images.double()
+    assert _psnr(found, true) > _psnr(any_image, true) + 5.0
+    assert float(bounds.exceeded(found).max()) < 0.05
+    assert all(float(part.norm()) < 0.02 for part in network.missed(found))
+
+
+def test_kinks_are_rounded_over_the_softness_asked_for(open_case: Case) -> None:
+    network = RemainingNetwork(open_case.walk())
+    true = open_case.images.double()
+    sharp = torch.cat([part.flatten() for part in network.missed(true + 0.1)])
+    errors = [
+        float((torch.cat([p.flatten() for p in network.missed(true + 0.1, soft)]) - sharp).norm())
+        for soft in (0.3, 0.03, 0.003)
+    ]
+    assert errors[0] > 2.0 * errors[1] > 4.0 * errors[2] > 0.0
