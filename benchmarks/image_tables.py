@@ -191,7 +191,7 @@ def _others(size: Size) -> Table:
         )
         for net in (nets.RELU_LENET, nets.CONVNET, nets.ALEXNET)
     ]
-    return Table("others", "Networks that do not count out", rows, factor=1.0)
+    return Table("others", "A LeNet with ReLUs, a ConvNet without skips, AlexNet", rows, factor=1.0)
 
 
 def _noise(size: Size) -> Table:
