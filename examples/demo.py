@@ -1,7 +1,6 @@
-"""Run the whole pipeline on a photograph for two networks, and show what the gradients gave away.
+"""Run the whole pipeline on a photograph for three networks, and show what the gradients gave away.
 
-FCN-4 gives back every pixel; LeNet gives back label and feature, and its image by gradient
-matching. Every step is the command a user would type; this script only strings them together,
+FCN-4, LeNet and ResNet-18 give back label, feature and every pixel. Every step is the command a user would type; this script only strings them together,
 collects what ``gradleak score`` says and puts the pictures side by side in ``demo-out/``.
 """
 
@@ -23,7 +22,7 @@ from gradleak.images import contact_sheet, load_image, save_sheet
 
 PHOTO = Path(skimage.data.__file__).parent / "chelsea.png"
 OUT = Path("demo-out")
-NETWORKS = {"fcn4": 64, "lenet": 32}
+NETWORKS = {"fcn4": 64, "lenet": 32, "resnet18": 32}
 SHEET_WIDTH = 320
 INCOMPLETE = 4
 
@@ -36,13 +35,13 @@ def main() -> None:
         table.add_column(column)
     rows = []
     for network, size in NETWORKS.items():
-        sample = attack(network)
+        sample = attack(network, size)
         image = sample["image"]
         table.add_row(
             network,
             f"{sample['label']['max_error']:.1e}",
             f"{max(sample['features'].values()):.1e}",
-            f"{image['psnr']:.1f} dB",
+            "bit for bit" if image["psnr"] is None else f"{image['psnr']:.1f} dB",
             f"{image['differing']} of {image['total']}",
         )
         original = load_image(PHOTO, size).pixels
@@ -57,11 +56,11 @@ def main() -> None:
         print(f"  {path}")
 
 
-def attack(network: str) -> dict[str, Any]:
+def attack(network: str, size: int) -> dict[str, Any]:
     """Capture, attack and score one network; return the score of its one sample."""
     photo, out = shlex.quote(str(PHOTO)), OUT / network
     run(
-        f"gradleak capture --model {network} --image {photo} --smooth 0.1 "
+        f"gradleak capture --model {network} --size {size} --image {photo} --smooth 0.1 "
         f"--truth {out}-truth.safetensors -o {out}-grads.safetensors -q"
     )
     # An approximate image would end with exit code 4; the report says which it is.

@@ -88,15 +88,16 @@ def test_demo_attacks_a_photograph_and_shows_it(
     demo: Any = example("demo")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
-    # LeNet takes most of a minute, and FCN-4 at full size moves gigabytes.
-    run, small = demo.run, "--model fcn4 --size 32"
-    monkeypatch.setattr(demo, "NETWORKS", {"fcn4": 32})
-    monkeypatch.setattr(demo, "run", lambda x, **how: run(x.replace("--model fcn4", small), **how))
+    # FCN-4 at full size moves gigabytes.
+    networks = {"fcn4": 32, "lenet": 32, "resnet18": 32}
+    assert networks.keys() == demo.NETWORKS.keys()
+    monkeypatch.setattr(demo, "NETWORKS", networks)
     demo.main()
     shown = capfd.readouterr().out
-    assert "0 of 3072" in shown
-    recovered = load_image(tmp_path / "demo-out" / "fcn4-recovered.png", None).pixels
-    assert torch.equal(recovered, load_image(demo.PHOTO, 32).pixels)
+    assert shown.count("0 of 3072") == len(networks)
+    for network in networks:
+        recovered = load_image(tmp_path / "demo-out" / f"{network}-recovered.png", None).pixels
+        assert torch.equal(recovered, load_image(demo.PHOTO, 32).pixels)
     sheet = load_image(tmp_path / "demo-out" / "side-by-side.png", None).pixels
     assert sheet.shape[2] > 2 * 320
 
