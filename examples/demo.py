@@ -1,7 +1,8 @@
-"""Run the whole pipeline on a photograph for three networks, and show what the gradients gave away.
+"""Run the whole pipeline on a photograph for three networks, and show what was given away.
 
-FCN-4, LeNet and ResNet-18 give back label, feature and every pixel. Every step is the command a user would type; this script only strings them together,
-collects what ``gradleak score`` says and puts the pictures side by side in ``demo-out/``.
+FCN-4, LeNet and ResNet-18 give back label, feature and every pixel. Every step is the command that
+a user would type; this script only strings them together, collects what ``gradleak score`` says and
+puts the pictures side by side in ``demo-out/``.
 """
 
 from __future__ import annotations
