@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gradleak.models.spec import ModelSpec
     from gradleak.stages.capture import bundle_of_step, capture
     from gradleak.stages.counting import count_leak
+    from gradleak.stages.defend import defend
     from gradleak.stages.feature import recover_feature
     from gradleak.stages.label import recover_label, recover_labels
     from gradleak.stages.reconstruct import reconstruct
@@ -41,6 +42,7 @@ __all__ = [
     "bundle_of_step",
     "capture",
     "count_leak",
+    "defend",
     "reconstruct",
     "recover_feature",
     "recover_label",
@@ -52,6 +54,7 @@ _HOMES = {
     "bundle_of_step": "gradleak.stages.capture",
     "capture": "gradleak.stages.capture",
     "count_leak": "gradleak.stages.counting",
+    "defend": "gradleak.stages.defend",
     "GradleakError": "gradleak.errors",
     "IncompleteError": "gradleak.errors",
     "InputError": "gradleak.errors",

@@ -28,6 +28,7 @@ SCHEMA = 1
 GRAD, PARAM, BUFFER = "grad/", "param/", "buffer/"
 LABEL, FEATURE, IMAGE = "label/soft", "feature/", "image/reconstructed"
 LOSS_SCALE = "label/loss_scale"
+ANSWERS = ("label/", FEATURE, "image/")
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,24 @@ class Bundle:
                 "correct it, or leave the key out",
             )
         return value
+
+    @property
+    def defenses(self) -> list[dict[str, Any]]:
+        """What was done to the gradients before they were sent, in order."""
+        value = self._json("defenses")
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+            raise InputError(
+                "the bundle's metadata 'defenses' is not a list of objects",
+                "correct it, or leave the key out",
+            )
+        return value
+
+    def without_answers(self) -> Bundle:
+        """Return the bundle without anything that a stage recovered."""
+        kept = {n: v for n, v in self._tensors.items() if not n.startswith(ANSWERS)}
+        return Bundle(kept, self.metadata)
 
     def names(self, prefix: str = "") -> list[str]:
         """Return the names of the tensors that begin with ``prefix``, without it."""
