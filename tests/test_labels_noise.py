@@ -477,3 +477,26 @@ def test_a_scaled_loss_is_refused_until_it_is_dealt_with() -> None:
         recover_label(bundle)
     assert recover_label(bundle, loss_scale=8.0).result.verdict == "unique"
     assert recover_label(bundle, loss_scale="unknown").result.verdict == "unique"
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("classes", [10, 50])
+@pytest.mark.parametrize("noise", [1e-6, 1e-5, 3e-5, 1e-4])
+def test_noise_between_rounding_and_plain_sight_is_not_taken_for_samples(
+    noise: float, classes: int, biased: bool
+) -> None:
+    """Noise of so much of each gradient's own size, whose singular values begin at rounding."""
+    case = Noisy("hard", classes=classes, std=0.0)
+    dice = torch.Generator().manual_seed(1)
+    noisy = [
+        (grad + noise * grad.square().mean().sqrt() * torch.randn(grad.shape, generator=dice))
+        for grad in (case.grad_weight, case.grad_bias)
+    ]
+    found = recover_single(
+        noisy[0].float(),
+        case.weight.float(),
+        bias=case.bias.float(),
+        grad_bias=noisy[1].float() if biased else None,
+    )
+    assert found.rank == 1
+    assert error(found, case.label) <= noise

@@ -14,6 +14,10 @@ from gradleak.linalg import effective_precisions, precision, wide_blocks
 # A rank-one residual up to this many roundings is rounding, not noise and not a second sample.
 _ROUNDINGS = 16.0
 _BEYOND_ROUNDING = 4.0 * _ROUNDINGS
+# Noise shows where the column sums, zero without it, exceed this many roundings, and where they and
+# the trailing singular values agree on its size to this factor.
+_SUMS_BEYOND_ROUNDING = 4.0
+_SAME_NOISE = 2.0
 # More samples than this are rarely seen in one gradient.
 _USUAL_BATCH = 64
 _FLOAT32 = precision(torch.float32)
@@ -199,6 +203,9 @@ def _rank_of_one(gradient: Tensor, unit: float, noise_std: float | None) -> Rank
     if noise_std and noise_std * scale > _ROUNDINGS * unit * norm:
         above = int((_singular_values(wide) > _edge(noise_std, classes, width)).sum())
         return Rank(rank=above, noise=noise_std, noisy=True)
+    seen = _rank_beside_noise(wide, unit, norm) if noise_std is None else None
+    if seen is not None:
+        return seen
     # Batches are mostly far smaller than the head, and then few of its singular values suffice.
     if worthwhile(wide, _USUAL_BATCH):
         values, beyond = leading_values(wide, _USUAL_BATCH)
@@ -217,6 +224,36 @@ def _rank_of_one(gradient: Tensor, unit: float, noise_std: float | None) -> Rank
         tail = float(values[above:].square().sum()) ** 0.5
         return Rank(rank=above, noise=tail / scale, noisy=False)
     return _rank_under_noise(values, classes, width)
+
+
+def _rank_beside_noise(wide: Tensor, unit: float, norm: float) -> Rank | None:
+    """Return the rank where the column sums tell of noise and the trailing values of the same.
+
+    The columns of a noiseless gradient sum to zero (Theorem 1), so that their sums measure the
+    noise by itself, be it so little that its singular values reach from rounding to beyond it.
+    """
+    classes, width = wide.shape
+    scale = math.sqrt(classes * width)
+    summed = float(torch.linalg.vector_norm(wide.sum(0)))
+    if summed <= _SUMS_BEYOND_ROUNDING * unit * norm:
+        return None
+    noise = summed / scale
+    if worthwhile(wide, _USUAL_BATCH):
+        values, beyond = leading_values(wide, _USUAL_BATCH)
+    else:
+        values, beyond = _singular_values(wide), 0.0
+    # First an edge that no error of the sums lets the noise pass; the many trailing values know it
+    # better, and set the second.
+    for edge in (_SAME_NOISE, 1.0):
+        above = int((values > edge * _edge(noise, classes, width)).sum())
+        free = (classes - above) * (width - above)
+        if above == len(values) or free <= 0:
+            return None
+        tail = math.hypot(beyond, float(torch.linalg.vector_norm(values[above:])))
+        noise = tail / math.sqrt(free)
+        if not 1.0 < _SAME_NOISE * noise * scale / summed < _SAME_NOISE**2:
+            return None
+    return Rank(rank=above, noise=noise, noisy=True)
 
 
 def _rank_under_noise(values: Tensor, classes: int, width: int) -> Rank:
