@@ -2,9 +2,9 @@
 
     python examples/own_training_step.py [PHOTO] [OUTPUT.png]
 
-The client's half is an ordinary training step. Between ``loss.backward()`` and
-``optimiser.step()`` stands one more line, which keeps what a server would receive. The attacker's
-half works on that alone; the photograph is looked at again only to say how close the answer came.
+The client's half is an ordinary training step, watched: what a server would receive is kept. The
+attacker's half works on that alone; the photograph is looked at again only to say how close the
+answer came.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def train_one_step(photo: Tensor, target: int) -> gradleak.Bundle:
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
 
     inputs = normalise(photo, MEAN, STD)
-    loss = F.cross_entropy(model(inputs), torch.tensor([target]), label_smoothing=0.1)
-    optimiser.zero_grad()
-    loss.backward()
-    # Here, before the optimiser moves the weights. Of the inputs it takes the shape alone.
-    bundle = gradleak.bundle_of_step(model, inputs, spec=gradleak.ModelSpec(mean=MEAN, std=STD))
-    optimiser.step()
-    return bundle
+    # Of the inputs it keeps the shape alone.
+    with gradleak.watch(model, spec=gradleak.ModelSpec(mean=MEAN, std=STD)) as step:
+        loss = F.cross_entropy(model(inputs), torch.tensor([target]), label_smoothing=0.1)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return step.bundle()
 
 
 def attack(bundle: gradleak.Bundle) -> Tensor:

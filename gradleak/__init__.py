@@ -9,8 +9,10 @@ what it found (``outcome.bundle``)::
     pictures = gradleak.reconstruct(features.bundle)
 
 ``count_leak`` says beforehand how much of an image a network's gradient gives away;
-``bundle_of_step`` makes a bundle of a training step's own gradients, ``recover_labels`` takes many
-bundles at once. Names are imported when first used: importing gradleak does not import torch.
+``watch`` keeps a training loop's newest step, ``Bundle.from_gradients`` and ``Bundle.from_update``
+make a bundle of gradients or of the weights before and after, ``import_gradients`` one of another
+program's files. ``recover_labels`` takes many bundles at once. Names are imported when first used:
+importing gradleak does not import torch.
 """
 
 from __future__ import annotations
@@ -24,12 +26,14 @@ if TYPE_CHECKING:
     from gradleak.bundle import Bundle
     from gradleak.errors import GradleakError, IncompleteError, InputError, UsageError
     from gradleak.models.spec import ModelSpec
-    from gradleak.stages.capture import bundle_of_step, capture
+    from gradleak.stages.capture import capture
     from gradleak.stages.counting import count_leak
     from gradleak.stages.defend import defend
     from gradleak.stages.feature import recover_feature
+    from gradleak.stages.importing import import_gradients
     from gradleak.stages.label import recover_label, recover_labels
     from gradleak.stages.reconstruct import reconstruct
+    from gradleak.watching import watch
 
 __all__ = [
     "Bundle",
@@ -39,19 +43,19 @@ __all__ = [
     "ModelSpec",
     "UsageError",
     "__version__",
-    "bundle_of_step",
     "capture",
     "count_leak",
     "defend",
+    "import_gradients",
     "reconstruct",
     "recover_feature",
     "recover_label",
     "recover_labels",
+    "watch",
 ]
 
 _HOMES = {
     "Bundle": "gradleak.bundle",
-    "bundle_of_step": "gradleak.stages.capture",
     "capture": "gradleak.stages.capture",
     "count_leak": "gradleak.stages.counting",
     "defend": "gradleak.stages.defend",
@@ -60,10 +64,12 @@ _HOMES = {
     "InputError": "gradleak.errors",
     "UsageError": "gradleak.errors",
     "ModelSpec": "gradleak.models.spec",
+    "import_gradients": "gradleak.stages.importing",
     "recover_feature": "gradleak.stages.feature",
     "recover_label": "gradleak.stages.label",
     "recover_labels": "gradleak.stages.label",
     "reconstruct": "gradleak.stages.reconstruct",
+    "watch": "gradleak.watching",
 }
 
 

@@ -8,7 +8,7 @@ stage touches are copied from file to file.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
@@ -21,7 +21,7 @@ from gradleak.tensorfile import FLOATING, TensorFile, TensorInfo, tensor_info, w
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
 FORMAT = "gradleak.bundle"
 SCHEMA = 1
@@ -29,6 +29,7 @@ GRAD, PARAM, BUFFER = "grad/", "param/", "buffer/"
 LABEL, FEATURE, IMAGE = "label/soft", "feature/", "image/reconstructed"
 LOSS_SCALE = "label/loss_scale"
 ANSWERS = ("label/", FEATURE, "image/")
+LOSS = json.dumps({"name": "cross_entropy", "reduction": "mean", "scale": 1.0})
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,98 @@ class Bundle:
                 "write one with gradleak capture, or see docs/bundle-format.md",
             )
         return bundle
+
+    @classmethod
+    def from_gradients(
+        cls,
+        model: nn.Module,
+        gradients: Mapping[str, Tensor | None] | Sequence[Tensor | None] | None = None,
+        *,
+        example: Tensor | None = None,
+        spec: ModelSpec | None = None,
+        batch_size: int | None = None,
+    ) -> Bundle:
+        """Make a bundle of a training step's own gradients, right after ``loss.backward()``.
+
+        ``gradients`` are a mapping by parameter name or a sequence in parameter order, and default
+        to what the parameters hold in ``.grad``. ``example`` (N, C, H, W) is a batch as the model
+        takes it, used for its shape alone; ``spec`` adds what only the caller knows (mean and std
+        of the pictures, the network's name). The loss is taken to be the mean softmax
+        cross-entropy. Everything is copied. Raises :class:`InputError` without a gradient, for
+        gradients of another model, and for a network without a Linear head.
+        """
+        from gradleak.models.recording import gradients_of, recorded
+
+        made = cls._of_parts(
+            gradients_of(model, gradients),
+            dict(model.named_parameters()),
+            dict(model.named_buffers()),
+            recorded(model, spec or ModelSpec(), example),
+            batch_size,
+        )
+        mode = "train" if model.training else "eval"
+        return made.extended(
+            record=StageRecord("capture", {"own_step": True}), metadata={"mode": mode}
+        )
+
+    @classmethod
+    def from_update(
+        cls,
+        before: nn.Module | Mapping[str, Tensor],
+        after: nn.Module | Mapping[str, Tensor],
+        lr: float,
+        *,
+        local_steps: int = 1,
+        example: Tensor | None = None,
+        spec: ModelSpec | None = None,
+        batch_size: int | None = None,
+    ) -> Bundle:
+        """Make a bundle of a client's update: its weights ``before`` and ``after`` plain SGD.
+
+        The gradient is (before − after) / (lr · local_steps): of one step the gradient, to the
+        weights' rounding over ``lr``; of several the mean of gradients at weights that moved, which
+        is right to first order in ``lr``. Give ``before`` as a module, and head, layers and input
+        shape are recorded, as :meth:`from_gradients` does; of a state dict they are not. Raises
+        :class:`InputError` where the two are not of one network, or nothing changed.
+        """
+        from gradleak.updates import update_gradient
+
+        old = before if isinstance(before, Mapping) else before.state_dict()
+        new = after if isinstance(after, Mapping) else after.state_dict()
+        update = update_gradient(old, new, lr, local_steps=local_steps)
+        told: dict[str, object] = {"lr": lr, "local_steps": local_steps}
+        if isinstance(before, Mapping):
+            buffers = {name: old[name] for name in update.buffers}
+            state = {name: t for name, t in old.items() if name not in buffers}
+            made = cls._of_parts(update.gradients, state, buffers, spec or ModelSpec(), batch_size)
+        else:
+            made = cls.from_gradients(
+                before, update.gradients, example=example, spec=spec, batch_size=batch_size
+            )
+        return made.extended(
+            record=StageRecord("import", told), metadata={"update": json.dumps(told)}
+        )
+
+    @classmethod
+    def _of_parts(
+        cls,
+        gradients: Mapping[str, Tensor],
+        parameters: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        spec: ModelSpec,
+        batch_size: int | None,
+    ) -> Bundle:
+        """Copy gradients and state, so that the model may be trained on."""
+        parts = {GRAD: gradients, PARAM: parameters, BUFFER: buffers}
+        tensors = {
+            prefix + name: tensor.detach().to("cpu", copy=True)
+            for prefix, part in parts.items()
+            for name, tensor in part.items()
+        }
+        metadata = {"model": spec.to_json(), "loss": LOSS, "defenses": "[]"}
+        if batch_size is not None:
+            metadata["batch_size"] = str(batch_size)
+        return cls(tensors, metadata)
 
     @property
     def model(self) -> ModelSpec:

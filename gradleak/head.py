@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+# Of the gradient's size: far above rounding, far below what the columns of other layers sum to.
+_ZERO_SUM = 1e-3
+
 
 @dataclass(frozen=True)
 class Head:
@@ -88,7 +91,8 @@ def read_head(
 def find_head(bundle: Bundle) -> str:
     """Return the name of the head: the metadata's, the model's last Linear, or the only candidate.
 
-    Raises :class:`InputError` when there is none, or several that nothing tells apart.
+    Of several matrices the head's gradient is the one whose columns sum to zero (Theorem 1). Raises
+    :class:`InputError` when there is none, or several that nothing tells apart.
     """
     model = bundle.model
     if model.head is not None:
@@ -98,6 +102,8 @@ def find_head(bundle: Bundle) -> str:
     if model.name in registry.names():
         return _head_of_registered(model.name)
     candidates = linear_gradients(bundle)
+    if len(candidates) > 1:
+        candidates = _with_zero_sums(bundle, candidates) or candidates
     if len(candidates) == 1:
         return candidates[0]
     if not candidates:
@@ -118,6 +124,17 @@ def linear_gradients(bundle: Bundle) -> list[str]:
         for n in names
         if len(bundle.info(GRAD + n).shape) == 2
     ]
+
+
+def _with_zero_sums(bundle: Bundle, layers: list[str]) -> list[str]:
+    """Return the layers whose gradient's columns sum to zero, as softmax cross-entropy's do."""
+    found = []
+    for layer in layers:
+        gradient = bundle.unchecked(GRAD + parameter_name(layer, "weight")).double()
+        size = float(gradient.norm())
+        if size > 0.0 and float(gradient.sum(0).norm()) < _ZERO_SUM * size:
+            found.append(layer)
+    return found
 
 
 def parameter_name(layer: str, kind: str) -> str:

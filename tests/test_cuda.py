@@ -12,7 +12,7 @@ from conftest import CAT, metadata_of, run_cli
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gradleak import bundle_of_step, capture, reconstruct, recover_feature, recover_label
+from gradleak import Bundle, capture, reconstruct, recover_feature, recover_label
 from gradleak.errors import GradleakError
 from gradleak.labels.single import recover_singles
 from gradleak.models.build import build_model
@@ -178,7 +178,7 @@ def test_a_training_step_on_the_gpu() -> None:
     model = build_model("lenet").cuda()
     image = photographs.centre("chelsea", 32).cuda()
     torch.nn.functional.cross_entropy(model(image), torch.tensor([3]).cuda()).backward()
-    found = recover_label(bundle_of_step(model, image)).result
+    found = recover_label(Bundle.from_gradients(model, example=image)).result
     assert found.verdict == "unique"
     assert found.samples[0].classes[0] == 3
 

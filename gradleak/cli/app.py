@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from gradleak import __version__
-from gradleak.cli import capture, defend, feature, inspect, label, reconstruct, score
+from gradleak.cli import capture, defend, feature, importing, inspect, label, reconstruct, score
 from gradleak.cli.common import print_error
 from gradleak.errors import GradleakError
 
@@ -38,7 +38,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for module in (capture, defend, label, feature, reconstruct, score, inspect):
+for module in (capture, importing, defend, label, feature, reconstruct, score, inspect):
     app.command(module.NAME, epilog=f"Example: {module.EXAMPLE}")(module.command)
 
 

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gradleak.cli.common import STDIO, Console, Report, check_output, keep_apart, write_bundle
-from gradleak.cli.options import MODEL, OUTPUT, Device, Json, Quiet, Seed
+from gradleak.cli.options import (
+    MODEL,
+    OUTPUT,
+    Device,
+    Json,
+    ModelArg,
+    Quiet,
+    Seed,
+    model_args,
+)
 from gradleak.errors import UsageError
 from gradleak.models import registry
 
@@ -25,7 +34,8 @@ def command(
         str,
         typer.Option(
             metavar="NAME",
-            help=f"{', '.join(registry.names())}, or module:factory for your own.",
+            help=f"{', '.join(registry.names())}; torchvision:NAME, timm:NAME or "
+            "transformers:NAME; or module:factory for your own.",
             show_default=False,
             rich_help_panel=MODEL,
         ),
@@ -101,6 +111,7 @@ def command(
     bias: Annotated[
         bool, typer.Option("--bias", help="Biases in fcn4, which has none.", rich_help_panel=MODEL)
     ] = False,
+    model_arg: ModelArg = None,
     weights: Annotated[
         str | None,
         typer.Option(
@@ -167,25 +178,29 @@ def command(
         raise UsageError(
             f"{len(label)} labels were given for {len(image)} images", "give --label once per image"
         )
-    own = ":" in model
-    if own and size is None:
-        raise UsageError(f"the input size of {model} is not known", "give it with --size")
-    entry = None if own else registry.entry(model)
-    pixels = size or (entry.size if entry else 0)
+    arguments = model_args(model_arg)
+    entry = None if ":" in model else registry.entry(model)
 
     import torch
 
     from gradleak.device import resolve_device
     from gradleak.images import load_image
-    from gradleak.models.build import DEFAULTS, build_model, load_weights
+    from gradleak.models.build import DEFAULTS, build_model, is_own, load_weights
+    from gradleak.models.providers import expected_of
     from gradleak.models.spec import ModelSpec
     from gradleak.stages.capture import capture, label_samples, mix_pairs, predict
 
     console = Console(json=json, quiet=quiet, outputs=outputs)
     resolve_device(device)
     given = {"init": init, "head_bias": not no_head_bias, "bias": bias}
-    options = {name: value for name, value in given.items() if value != DEFAULTS[name]}
+    options = {name: value for name, value in given.items() if value != DEFAULTS[name]} | arguments
     network = build_model(model, classes=classes, size=size, options=options, seed=seed)
+    if is_own(model) and classes is not None:
+        options["classes"] = classes  # the later stages build it as it was built here
+    expected = entry or expected_of(network)
+    pixels = size or (expected.size if expected else None)
+    if pixels is None:
+        raise UsageError(f"the input size of {model} is not known", "give it with --size")
     if weights is not None:
         load_weights(network, weights)
     loaded = [load_image(path, pixels) for path in image]
@@ -193,8 +208,8 @@ def command(
     images = torch.stack([picture.pixels for picture in loaded])
     spec = ModelSpec(
         name=model,
-        mean=entry.mean if entry else None,
-        std=entry.std if entry else None,
+        mean=expected.mean if expected else None,
+        std=expected.std if expected else None,
         options=options,
     )
     mixed = images if mixup is None else mix_pairs(images, mixup)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from gradleak.cli.common import Console, Report, choose_inputs, number, run_stage
+from gradleak.cli.options import with_model_args
 from gradleak.cli.progress import progress_display
 from gradleak.errors import UsageError
 
@@ -81,6 +82,7 @@ class Asked:
     time_limit: float
     device: str
     seed: int
+    arguments: dict[str, object] = field(default_factory=dict)
 
 
 def count(
@@ -125,12 +127,13 @@ def _counted(bundle: Bundle | None, asked: Asked, console: Console) -> LeakCount
 
     with progress_display(console.quiet or console.json) as progress:
         return count_leak(
-            bundle,
+            None if bundle is None else with_model_args(bundle, asked.arguments),
             model=asked.model,
             classes=asked.classes,
             size=asked.size,
             samples=asked.samples,
             weights=asked.weights,
+            options=asked.arguments,
             patience=asked.time_limit,
             device=asked.device,
             seed=asked.seed,

@@ -24,10 +24,13 @@ from gradleak.cli.options import (
     Inputs,
     Json,
     Model,
+    ModelArg,
     OutputBundle,
     Quiet,
     Seed,
     Weights,
+    model_args,
+    with_model_args,
 )
 from gradleak.cli.progress import progress_display
 from gradleak.errors import UsageError
@@ -77,6 +80,7 @@ def command(
         ),
     ] = None,
     model: Model = None,
+    model_arg: ModelArg = None,
     output: OutputBundle = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -91,6 +95,7 @@ def command(
     sources = choose_inputs(context, inputs)
     outputs = check_output(output, sources)
     keep_apart(output, weights)
+    arguments = model_args(model_arg)
     if contact_sheet is not None:
         if not every_map:
             raise UsageError("--contact-sheet shows the maps of --all", "add --all")
@@ -100,6 +105,7 @@ def command(
     from gradleak.stages.maps import recover_maps
 
     def work(source: str, bundle: Bundle) -> tuple[Report, Bundle]:
+        bundle = with_model_args(bundle, arguments)
         outcome = recover_feature(bundle, head=head, weights=weights, device=device, seed=seed)
         if not every_map:
             return _report(source, outcome, None), outcome.bundle

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from gradleak.errors import UsageError
+
+if TYPE_CHECKING:
+    from gradleak.bundle import Bundle
 
 COMPUTE, OUTPUT, ATTACK, MODEL = "Compute", "Output", "Attack", "Network"
 
@@ -78,8 +85,43 @@ Model = Annotated[
     typer.Option(
         metavar="NAME",
         help="Your own network as module:factory, repeated here because a bundle's word imports no "
-        "code. Default: the bundle's built-in network.",
+        "code. Default: the bundle's network.",
         show_default=False,
         rich_help_panel=MODEL,
     ),
 ]
+ModelArg = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model-arg",
+        metavar="KEY=VALUE",
+        help="A keyword argument of your network's factory, its value JSON or else text; repeat "
+        "it. Default: those in the bundle.",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
+]
+
+
+def with_model_args(bundle: Bundle, arguments: dict[str, object]) -> Bundle:
+    """Return the bundle with these arguments of the network's factory, before its own."""
+    if not arguments:
+        return bundle
+    from dataclasses import replace
+
+    spec = replace(bundle.model, options={**bundle.model.options, **arguments})
+    return bundle.extended(metadata={"model": spec.to_json()})
+
+
+def model_args(given: Sequence[str] | None) -> dict[str, object]:
+    """Parse the ``--model-arg`` options; raises :class:`UsageError` for one without a value."""
+    arguments: dict[str, object] = {}
+    for text in given or ():
+        key, equals, value = text.partition("=")
+        if not (key.isidentifier() and equals):
+            raise UsageError(f"--model-arg {text} is not KEY=VALUE", "e.g. --model-arg width=32")
+        try:
+            arguments[key] = json.loads(value)
+        except ValueError:
+            arguments[key] = value
+    return arguments

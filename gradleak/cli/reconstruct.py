@@ -33,9 +33,12 @@ from gradleak.cli.options import (
     Inputs,
     Json,
     Model,
+    ModelArg,
     Quiet,
     Seed,
     Weights,
+    model_args,
+    with_model_args,
 )
 from gradleak.cli.progress import progress_display
 from gradleak.errors import UsageError
@@ -152,6 +155,7 @@ def command(
     size: Size = None,
     batch_size: BatchSize = None,
     model: Model = None,
+    model_arg: ModelArg = None,
     weights: Weights = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -164,8 +168,11 @@ def command(
     finished image's own gradient is the given one to its precision, 4 for an approximation; a dry
     run ends with 0.
     """
+    arguments = model_args(model_arg)
     if dry_run:
-        asked = Asked(model, classes, size, batch_size, weights, time_limit, device, seed)
+        asked = Asked(
+            model, classes, size, batch_size, weights, time_limit, device, seed, arguments
+        )
         count(context, inputs, asked, [output, sheet], Console(json=json, quiet=quiet))
     refuse_without_dry_run(classes, size, batch_size)
     sources = choose_inputs(context, inputs)
@@ -194,7 +201,7 @@ def command(
     def work(source: str, bundle: Bundle) -> tuple[Report, Bundle]:
         with progress_display(quiet or json) as progress:
             outcome = reconstruct(
-                bundle,
+                with_model_args(bundle, arguments),
                 method=method,
                 settings=settings,
                 model=model,

@@ -10,12 +10,19 @@ from torch import nn
 
 from gradleak.errors import GradleakError, UsageError
 from gradleak.models import registry
+from gradleak.models.output import giving_logits
+from gradleak.models.providers import build_provided, is_provided
 from gradleak.models.trace import describe, seeded
 from gradleak.models.weights import load_weights, one_line
 
-__all__ = ["build_model", "describe", "load_weights"]
+__all__ = ["build_model", "describe", "is_own", "load_weights"]
 
 DEFAULTS: dict[str, object] = {"init": "default", "head_bias": True, "bias": False}
+
+
+def is_own(name: str) -> bool:
+    """Return whether ``name`` is ``module:factory``: code of the user's, not of a known library."""
+    return ":" in name and not is_provided(name)
 
 
 def build_model(
@@ -28,19 +35,25 @@ def build_model(
 ) -> nn.Module:
     """Build a network in eval mode, its weights drawn from ``seed``.
 
-    ``name`` is a registry name, or ``module:factory`` with a module that can be imported from
-    the search path or the current folder; such a factory is called with ``classes`` if given
-    and with the ``options`` that differ from their defaults, and decides on ``size`` (pixels)
-    itself. The global random state is left as it was. Raises ``UsageError`` for an unknown name
-    or option, for ``classes`` or a ``size`` the network cannot take, and for a factory that
-    cannot be imported, fails, or returns something else than a network.
+    ``name`` is a registry name; ``torchvision:NAME``, ``timm:NAME`` or ``transformers:NAME`` for a
+    network of those libraries; or ``module:factory`` with a module that can be imported from the
+    search path or the current folder. The latter two are called with ``classes`` if given and with
+    the ``options`` that differ from their defaults, and decide on ``size`` (pixels) themselves. A
+    network that returns a record or a tuple is made to return its logits alone. The global random
+    state is left as it was. Raises ``UsageError`` for an unknown name or option, for ``classes`` or
+    a ``size`` the network cannot take, and for a factory that cannot be imported, fails, or returns
+    something else than a network.
     """
     if classes is not None and classes < 2:
         raise UsageError(f"{classes} classes are too few for a classifier", "use 2 or more")
     if size is not None and size < 1:
         raise UsageError(f"images cannot have a size of {size} pixels", "use 1 or more")
     chosen = {k: v for k, v in (options or {}).items() if k not in DEFAULTS or v != DEFAULTS[k]}
-    if ":" in name:
+    made: object
+    if is_provided(name):
+        with seeded(seed):
+            made = _call(name, build_provided, name, classes, chosen)
+    elif ":" in name:
         factory = _import_factory(name, from_here=True)
         asked: dict[str, object] = {} if classes is None else {"classes": classes}
         with seeded(seed):
@@ -53,7 +66,7 @@ def build_model(
             made = _call(name, factory, classes or entry.classes, size or entry.size, **taken)
     if not isinstance(made, nn.Module):
         raise UsageError(f"{name} returned {type(made).__name__}", "return a torch.nn.Module")
-    return made.eval()
+    return giving_logits(made).eval()
 
 
 def _taken(entry: registry.ModelEntry, chosen: Mapping[str, object]) -> dict[str, object]:

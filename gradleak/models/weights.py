@@ -1,14 +1,21 @@
-"""Reading model weights from files, and loading them into a network. No pickled code is run."""
+"""Reading saved tensors and model weights, and loading them into a network.
+
+No pickled code is run.
+"""
 
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from gradleak.errors import InputError
+
+T = TypeVar("T")
 
 
 def load_weights(model: nn.Module, path: Path | str) -> None:
@@ -46,27 +53,36 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:
-    """Read the parameters of a weights file (.pth, .pt or .safetensors) by name.
+    """Read the parameters of a weights file (.pth, .pt, .safetensors or .npz) by name.
 
     Raises ``InputError`` when it cannot be read, holds pickled code, or is no state dict.
     """
-    return _unwrapped(_read_state(Path(path)), path)
+    return _unwrapped(read_saved(path), path)
 
 
-def _read_state(path: Path) -> object:
+def read_saved(path: Path | str) -> object:
+    """Read whatever holds tensors in ``path`` (.pth, .pt, .bin, .safetensors or .npz).
+
+    NumPy's arrays come back as tensors. Raises ``InputError`` when the file cannot be read or
+    needs pickled code to be run.
+    """
+    path = Path(path)
     readers: dict[str, Callable[[Path], object]] = {
         ".safetensors": safetensors.torch.load_file,
         ".pth": _read_torch,
         ".pt": _read_torch,
+        ".bin": _read_torch,
+        ".npz": _read_numpy,
     }
     if path.suffix not in readers:
         raise InputError(f"{path} is no weights file", f"give one of {', '.join(readers)}")
     try:
         return readers[path.suffix](path)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, _PickledArrayError) as error:
         raise InputError(
             f"{path} is damaged or holds pickled code, which is not run",
-            "save the weights alone, with torch.save(model.state_dict(), path) or as safetensors",
+            "save tensors alone, with torch.save(model.state_dict(), path), "
+            "torch.save([p.grad for p in model.parameters()], path) or as safetensors",
         ) from error
     except Exception as error:  # a file of anything makes the readers fail in any way
         raise InputError(
@@ -74,8 +90,28 @@ def _read_state(path: Path) -> object:
         ) from error
 
 
+def plain_names(state: Mapping[str, T]) -> dict[str, T]:
+    """Return a state dict without the prefix of a network wrapped in DataParallel."""
+    prefix = "module." if state and all(k.startswith("module.") for k in state) else ""
+    return {k.removeprefix(prefix): v for k, v in state.items()}
+
+
 def _read_torch(path: Path) -> object:
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class _PickledArrayError(Exception):
+    pass
+
+
+def _read_numpy(path: Path) -> dict[str, Tensor]:
+    with np.load(path, allow_pickle=False) as arrays:
+        try:
+            return {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
+        except ValueError as error:
+            if "allow_pickle" in str(error):
+                raise _PickledArrayError from error
+            raise
 
 
 def _unwrapped(state: object, path: Path | str) -> dict[str, Tensor]:
@@ -88,8 +124,7 @@ def _unwrapped(state: object, path: Path | str) -> dict[str, Tensor]:
             f"{path} holds no state dict",
             "save the weights alone, with torch.save(model.state_dict(), path) or as safetensors",
         )
-    prefix = "module." if state and all(k.startswith("module.") for k in state) else ""
-    return {k.removeprefix(prefix): v for k, v in state.items()}
+    return plain_names(state)
 
 
 def _first_few(items: list[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,17 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gradleak.bundle import BUFFER, GRAD, PARAM, Bundle, StageRecord
+from gradleak.bundle import BUFFER, GRAD, LOSS, PARAM, Bundle, StageRecord
 from gradleak.device import resolve_device
 from gradleak.errors import InputError, UsageError
 from gradleak.head import parameter_name
-from gradleak.models.build import describe
+from gradleak.models.output import logits_in
+from gradleak.models.recording import recorded
 from gradleak.models.spec import ModelSpec
 from gradleak.normalisation import normalise
 from gradleak.softlabels import soft_label
 from gradleak.truth import Truth
-
-LOSS = json.dumps({"name": "cross_entropy", "reduction": "mean", "scale": 1.0})
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,8 @@ def capture(
         if known.mean is not None and known.std is not None:
             inputs = normalise(pixels, known.mean, known.std)
         inputs = inputs.to(first.dtype)
-        head, layers, from_image = describe(model, inputs[:1])
+        full = recorded(model, known, inputs)
+        layers, head = full.layers, str(full.head)
         chosen = {
             name: parameter
             for name, parameter in model.named_parameters()
@@ -95,14 +94,7 @@ def capture(
         model.to(home)
     if withhold_bias:
         gradients.pop(parameter_name(head, "bias"), None)
-    full = replace(
-        known,
-        classes=logits.shape[1],
-        input_shape=_shape_of(inputs),
-        head=head,
-        layers=layers,
-        from_image=from_image,
-    )
+    full = replace(full, classes=logits.shape[1])
     tensors = {GRAD + name: gradient for name, gradient in gradients.items()}
     if weights:
         tensors |= {PARAM + name: parameter.detach() for name, parameter in chosen.items()}
@@ -131,46 +123,6 @@ def capture(
         features={name: x.detach().cpu() for name, x in features.items()},
     )
     return Capture(bundle.extended(record=record), truth)
-
-
-def bundle_of_step(
-    model: nn.Module,
-    example: Tensor,
-    *,
-    gradients: Mapping[str, Tensor] | None = None,
-    spec: ModelSpec | None = None,
-    batch_size: int | None = None,
-) -> Bundle:
-    """Make a bundle of a training step's own gradients, right after ``loss.backward()``.
-
-    ``example`` (N, 3, H, W) is a batch as the model takes it, used for its shape alone;
-    ``gradients`` by parameter name default to what the parameters hold in ``.grad``. The loss is
-    taken to be the mean softmax cross-entropy. Raises :class:`InputError` without a gradient.
-    """
-    if gradients is None:
-        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    if not gradients:
-        raise InputError("the model holds no gradient", "call this after loss.backward()")
-    known = spec or ModelSpec()
-    head, layers, from_image = describe(model, torch.zeros_like(example[:1]))
-    linear = model.get_submodule(head)
-    assert isinstance(linear, nn.Linear)
-    full = replace(
-        known,
-        classes=known.classes or linear.out_features,
-        input_shape=_shape_of(example),
-        head=head,
-        layers=layers,
-        from_image=from_image,
-    )
-    tensors = {GRAD + n: g.detach().clone().cpu() for n, g in gradients.items()}
-    tensors |= {PARAM + n: p.detach().clone().cpu() for n, p in model.named_parameters()}
-    tensors |= {BUFFER + n: b.detach().clone().cpu() for n, b in model.named_buffers()}
-    metadata = {"model": full.to_json(), "loss": LOSS, "defenses": "[]"}
-    if batch_size is not None:
-        metadata["batch_size"] = str(batch_size)
-    metadata["mode"] = "train" if model.training else "eval"
-    return Bundle(tensors, metadata).extended(record=StageRecord("capture", {"own_step": True}))
 
 
 def predict(model: nn.Module, images: Tensor, spec: ModelSpec, device: str = "auto") -> Prediction:
@@ -212,11 +164,6 @@ def label_samples(
     return torch.stack(rows)
 
 
-def _shape_of(inputs: Tensor) -> tuple[int, int, int]:
-    channels, height, width = inputs.shape[1:]
-    return channels, height, width
-
-
 def _forward(
     model: nn.Module, inputs: Tensor, layers: Sequence[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -230,7 +177,7 @@ def _forward(
         for name in layers
     ]
     try:
-        logits = model(inputs)
+        logits = logits_in(model(inputs))
     except (RuntimeError, ValueError) as error:
         raise UsageError(
             f"the network refused images of shape {list(inputs.shape[1:])} "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -24,7 +24,9 @@ from gradleak.device import resolve_device
 from gradleak.errors import IncompleteError, UsageError
 from gradleak.head import with_weights
 from gradleak.models import registry
-from gradleak.models.build import load_weights
+from gradleak.models.build import is_own, load_weights
+from gradleak.models.providers import expected_of
+from gradleak.models.recording import channels_of
 from gradleak.models.spec import ModelSpec
 from gradleak.progress import Progress
 from gradleak.stages.network import bare_network, input_shape, network_of
@@ -74,6 +76,7 @@ def count_leak(
     size: int | None = None,
     samples: int | None = None,
     weights: Path | str | None = None,
+    options: Mapping[str, object] | None = None,
     patience: float = math.inf,
     device: str = "auto",
     seed: int = 0,
@@ -83,10 +86,11 @@ def count_leak(
 
     A ``bundle`` gives the network, its weights if it holds them all, which gradients are shared and
     in which precision; its gradients themselves are not looked at. Without one ``model`` names the
-    network, of ``classes`` and for images of ``size`` pixels. Weights that are nowhere given are
-    drawn from ``seed``, and so are the simulated pictures and labels. ``patience`` seconds are
-    spent on each search. Raises :class:`UsageError` and :class:`IncompleteError` where the network
-    is not known, :class:`InputError` for weights of another one.
+    network, of ``classes`` and for images of ``size`` pixels, built with ``options``. Weights that
+    are nowhere given are drawn from ``seed``, and so are the simulated pictures and labels.
+    ``patience`` seconds are spent on each search. Raises :class:`UsageError` and
+    :class:`IncompleteError` where the network is not known, :class:`InputError` for weights of
+    another one.
     """
     where = resolve_device(device)
     if bundle is not None:
@@ -95,7 +99,9 @@ def count_leak(
         shared = bundle.names(GRAD)
         dtypes = {bundle.info(GRAD + name).dtype for name in shared}
     else:
-        network, spec, drawn = _network_by_name(model, classes, size, weights, where, seed)
+        network, spec, drawn = _network_by_name(
+            model, classes, size, options or {}, weights, where, seed
+        )
         shared, dtypes = [], set()
     start = time.perf_counter()
     simulated = Simulated(network, spec, samples or 1, where, seed)
@@ -178,6 +184,7 @@ def _network_by_name(
     model: nn.Module | str | None,
     classes: int | None,
     size: int | None,
+    options: Mapping[str, object],
     weights: Path | str | None,
     device: torch.device,
     seed: int,
@@ -185,19 +192,25 @@ def _network_by_name(
     """Return a network, what is known of it, and whether its weights had to be drawn."""
     if model is None:
         raise UsageError("neither a bundle nor a network is given", "name one with --model")
-    built_in = isinstance(model, str) and ":" not in model
-    entry = registry.entry(model) if isinstance(model, str) and built_in else None
-    pixels = size or (entry.size if entry else None)
+    name = model if isinstance(model, str) else None
+    chosen = dict(options)
+    if name is not None and is_own(name) and classes is not None:
+        chosen["classes"] = classes
+    spec = ModelSpec(name=name, classes=classes, options=chosen)
+    entry = registry.entry(name) if name is not None and ":" not in name else None
+    if entry is not None and size is not None:
+        spec = replace(spec, input_shape=(3, size, size))
+    network = bare_network(spec, model, seed)
+    expected = entry or expected_of(network)
+    pixels = size or (expected.size if expected else None)
     if pixels is None:
         raise UsageError(f"the input size of {model} is not known", "give it with --size")
-    spec = ModelSpec(
-        name=model if isinstance(model, str) else None,
-        classes=classes,
-        input_shape=(3, pixels, pixels),
-        mean=entry.mean if entry else None,
-        std=entry.std if entry else None,
+    spec = replace(
+        spec,
+        input_shape=(channels_of(network), pixels, pixels),
+        mean=expected.mean if expected else None,
+        std=expected.std if expected else None,
     )
-    network = bare_network(spec, model, seed)
     if weights is not None:
         load_weights(network, weights)
     drawn = weights is None and isinstance(model, str)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from gradleak.bundle import BUFFER, FEATURE, PARAM, Bundle
 from gradleak.errors import IncompleteError, InputError, UsageError
 from gradleak.models import registry
-from gradleak.models.build import build_model
+from gradleak.models.build import build_model, is_own
+from gradleak.models.output import giving_logits
 from gradleak.models.spec import ModelSpec
 
 
@@ -45,19 +46,21 @@ def bare_network(spec: ModelSpec, model: nn.Module | str | None, seed: int = 0) 
     built, or whose import the user has not asked for.
     """
     if isinstance(model, nn.Module):
-        return copy.deepcopy(model)  # the caller's stays as it is
+        return giving_logits(copy.deepcopy(model))  # the caller's stays as it is
     name = model or spec.name
     if name is None:
         raise IncompleteError(
             "the bundle does not say which network it is of", "name it with --model"
         )
-    if ":" in name and model is None:
+    if is_own(name) and model is None:
         raise UsageError(
             f"the bundle names the network {name}, and a file's word imports no code",
             f"repeat it if you trust it: --model {name}",
         )
     size = spec.input_shape[-1] if spec.input_shape else None
-    return build_model(name, classes=spec.classes, size=size, options=spec.options, seed=seed)
+    # A factory of one's own decides on its classes, unless its options say them.
+    classes = None if is_own(name) else spec.classes
+    return build_model(name, classes=classes, size=size, options=spec.options, seed=seed)
 
 
 def head_feature(bundle: Bundle, device: torch.device) -> Tensor | None:

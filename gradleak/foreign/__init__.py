@@ -1,0 +1,1 @@
+"""Gradients and weights as other programs save them."""
