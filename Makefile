@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# torchvision is compared with in the tests alone, and a build for another torch breaks whatever
-# finds it, so it lies beside the environment's packages, not among them.
+# torchvision and timm, which imports it, are for the tests alone, and a build for another torch
+# breaks whatever finds it, so they lie beside the environment's packages, not among them.
 REFERENCE = $(VENV)/reference
 
 .PHONY: demo test lint docs bench clean
@@ -16,7 +16,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 $(REFERENCE)/ready: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt --target $(REFERENCE) torchvision
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt --target $(REFERENCE) torchvision timm
 	touch $@
 
 demo: $(VENV)/ready

@@ -13,6 +13,14 @@ import torch
 # torchvision that it finds, and fails with one that was built for another torch.
 REFERENCE = Path(sys.prefix) / "reference"
 
+# The same for a process of its own: a file on PYTHONPATH that Python runs when it starts.
+SITECUSTOMIZE = """
+import torch
+
+library = torch.library.Library("torchvision", "FRAGMENT")
+for name in ("nms", "qnms"):
+    library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
 NMS = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 

@@ -79,7 +79,8 @@ def command(
     method: Annotated[
         str,
         typer.Option(
-            help="auto, mlp (read off the first Linear layer), peel (walk down through the layers' "
+            help="auto, mlp (read off the first Linear layer), embedding (read off a transformer's "
+            "position embedding), peel (walk down through the layers' "
             "gradients), fit (to the lowest maps that the walk recovers) or match (gradient "
             "matching); auto takes the first that gets through.",
             rich_help_panel=ATTACK,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
@@ -10,12 +11,15 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import interpolate
 
+from gradleak.calculus.added import Added, image_below_added
 from gradleak.calculus.descent import DescentOptions, descend
 from gradleak.calculus.fit import Fitted, fit_image
 from gradleak.calculus.prior import Bounds, smoothest_image
 from gradleak.calculus.remaining import RemainingNetwork
+from gradleak.calculus.trace import trace
 from gradleak.calculus.walk import Walk, walk_down
 from gradleak.errors import IncompleteError, UsageError
 from gradleak.normalisation import denormalise, normalise
@@ -59,11 +63,12 @@ class Answer:
     walk: Walk | None = None
     fitted: Fitted | None = None
     match: MatchResult | None = None
+    added: Added | None = None
     estimated: tuple[float, float] | None = None
 
     def missing(self, numbers: int) -> int:
         """Return how many equations the images' entries lack, given ``numbers`` of a gradient."""
-        if self.walk is not None and self.fitted is None:
+        if self.added is not None or (self.walk is not None and self.fitted is None):
             return 0  # solved for
         known = numbers if self.fitted is None else self.fitted.equations
         return max(0, self.images.numel() - known)
@@ -138,6 +143,11 @@ class Given:
         return normalise(pictures, *self.normalisation)
 
 
+def twice_differentiable() -> contextlib.AbstractContextManager[None]:
+    """Let attention run in plain operations: its fused kernels have no second derivative."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
 def find_images(
     method: str,
     given: Given,
@@ -147,6 +157,14 @@ def find_images(
 ) -> Answer:
     """Walk down as far as that goes, fit the rest, and match gradients where that fails too."""
     answers = []
+    if method in ("auto", "embedding"):
+        try:
+            answers.append(_by_embedding(given))
+        except (IncompleteError, UsageError):
+            if method == "embedding":
+                raise
+    if answers and (method == "embedding" or answers[0].certificate.exact):
+        return answers[0]
     if method != "match":
         try:
             answers.append(_by_walk(method, given, settings, seed, progress))
@@ -157,6 +175,20 @@ def find_images(
     if method in ("auto", "match") and not near:
         answers.append(_by_matching(given, settings, seed, progress))
     return min(answers, key=lambda answer: answer.certificate.relative)
+
+
+def _by_embedding(given: Given) -> Answer:
+    """Read the image off the gradient of an added position embedding and the projection below."""
+    example = torch.zeros(len(given.labels), *given.shape, device=given.labels.device)
+    steps = trace(given.network, example)
+    found = image_below_added(steps, given.network.state_dict(), given.gradients)
+    if found is None:
+        raise IncompleteError(
+            "the image cannot be read off a position embedding: the gradient is not of one sample "
+            "whose separate patches a parameter of their own shape is added to",
+            "use --method auto",
+        )
+    return replace(given.answer("embedding", found.image), added=found)
 
 
 def _by_walk(

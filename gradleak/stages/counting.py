@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from gradleak.bundle import BUFFER, GRAD, PARAM, Bundle
+from gradleak.calculus.added import image_below_added
 from gradleak.calculus.counting import LayerCount, count_layers
 from gradleak.calculus.remaining import RemainingNetwork
 from gradleak.calculus.walk import Walk, walk_from
@@ -154,6 +155,12 @@ def _image(
         if simulated.recovers(walk.image):
             return "exact", "every pixel follows from the gradient, layer by layer"
         return "out of reach", "the walk arrives, but not at the pictures: rounding has grown"
+    added = image_below_added(simulated.trace, simulated.state, walk.gradients)
+    if added is not None and simulated.recovers(added.image):
+        return "exact", (
+            f"the gradient of {added.embedding} is the δ of the patches, {added.equations} "
+            f"equations for {added.unknowns} unknowns, condition {added.condition:.0e}"
+        )
     try:
         rest = RemainingNetwork(walk)
     except IncompleteError as error:

@@ -22,7 +22,13 @@ from gradleak.reconstruction.matching import MatchResult
 from gradleak.reconstruction.mlp import check_mlp, image_of_feature
 from gradleak.reconstruction.options import MatchSettings
 from gradleak.reconstruction.resimulate import GradientResidual
-from gradleak.stages.attack import Answer, Given, find_images, null_control
+from gradleak.stages.attack import (
+    Answer,
+    Given,
+    find_images,
+    null_control,
+    twice_differentiable,
+)
 from gradleak.stages.feature import BundleLayers
 from gradleak.stages.network import head_feature, input_shape, network_of, normalisation_of
 
@@ -30,7 +36,7 @@ Verdict = Literal["unique", "ambiguous", "approximate"]
 # Dtypes whose rounding, and noise that a walk met, from which 8-bit values are off.
 _COARSE = {"BF16": "bfloat16", "F16": "float16"}
 _NOISY = 5e-5
-METHODS = ("auto", "mlp", "peel", "fit", "match")
+METHODS = ("auto", "mlp", "embedding", "peel", "fit", "match")
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,8 @@ def reconstruct(
 ) -> ImageOutcome:
     """Reconstruct the image behind a gradient bundle whose label has been recovered.
 
-    ``method`` ``mlp`` reads the image off the first Linear layer's feature (exact); ``peel`` walks
+    ``method`` ``mlp`` reads the image off the first Linear layer's feature (exact); ``embedding``
+    off the gradient of a transformer's position embedding (exact for one sample); ``peel`` walks
     down through the layers' gradients (exact where it gets through); ``fit`` fits the image to the
     lowest maps that the walk recovered; ``match`` optimises the image until its gradient matches;
     ``auto`` takes the first that applies. ``settings`` are those of the matching, and their time
@@ -111,7 +118,8 @@ def reconstruct(
         answer = _from_features(full, labels, where)
     else:
         sought = _given(full, model, labels, where)
-        answer = find_images(method, sought, chosen, seed, progress)
+        with twice_differentiable():
+            answer = find_images(method, sought, chosen, seed, progress)
     seconds = time.perf_counter() - start
     certificate, match = answer.certificate, answer.match
     sought = sought or (_given(full, model, labels, where) if control else None)
@@ -120,7 +128,9 @@ def reconstruct(
     noise = None
     if control:
         assert sought is not None
-        noise = null_control("auto" if method == "mlp" else method, sought, chosen, seed, progress)
+        likewise = "auto" if method == "mlp" else method
+        with twice_differentiable():
+            noise = null_control(likewise, sought, chosen, seed, progress)
     record = StageRecord(
         "reconstruct",
         {"method": answer.method, "matching": None if match is None else asdict(match.options)},

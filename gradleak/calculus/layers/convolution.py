@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from gradleak.calculus.layer import Affine, Walking, register
 from gradleak.calculus.trace import Operation, Parameter
 from gradleak.calculus.window import Window
@@ -13,10 +17,19 @@ class Convolution(Affine):
 
     def window(self, operation: Operation, walk: Walking) -> Window | None:
         """Return the windows over the input, None for a convolution in groups."""
-        shape, weight = walk.shapes[operation.inputs[0]], self.weight(operation)
+        return self.places(operation, walk.shapes, walk.state)
+
+    def places(
+        self,
+        operation: Operation,
+        shapes: Mapping[int, tuple[int, ...]],
+        state: Mapping[str, Tensor],
+    ) -> Window | None:
+        """Return the same without a walk: ``shapes`` of the tensors, ``state`` of the network."""
+        shape, weight = shapes[operation.inputs[0]], self.weight(operation)
         if weight is None or len(shape) != 4 or operation.argument(6, "groups", 1) != 1:
             return None
-        height, width = walk.state[weight].shape[2:]
+        height, width = state[weight].shape[2:]
         stride = pair(operation.argument(3, "stride", 1))
         dilation = pair(operation.argument(5, "dilation", 1))
         padding = operation.argument(4, "padding", 0)
