@@ -27,8 +27,10 @@ FORMAT = "gradleak.bundle"
 SCHEMA = 1
 GRAD, PARAM, BUFFER = "grad/", "param/", "buffer/"
 LABEL, FEATURE, IMAGE = "label/soft", "feature/", "image/reconstructed"
-LOSS_SCALE = "label/loss_scale"
+LOSS_SCALE, WEIGHT_DECAY = "label/loss_scale", "label/weight_decay"
 ANSWERS = ("label/", FEATURE, "image/")
+# What is left of an entry after weight decay may be so many errors of it and still be nothing.
+_UNSURE = 4.0
 LOSS = json.dumps({"name": "cross_entropy", "reduction": "mean", "scale": 1.0})
 
 
@@ -209,25 +211,56 @@ class Bundle:
                 "divide the gradients by it, scale 1; or recover-label --loss-scale",
             )
 
-    def without_loss_scale(self) -> Bundle:
-        """Return the bundle with its gradients divided by the loss scale that the label came with.
+    def plain_loss(self) -> Bundle:
+        """Return the bundle with the gradients of the plain mean loss.
 
-        Raises :class:`InputError` where that is no positive number.
+        The weight decay that the label came with is taken off, (λ, that of biases, the error of λ)
+        of every parameter, and the loss scale divided by. Entries that are weight decay alone, to
+        its error and rounding, become zero as they were. Raises :class:`InputError` where these are
+        no such numbers, :class:`IncompleteError` where weight decay has no weights to be taken off.
         """
-        if LOSS_SCALE not in self:
+        if LOSS_SCALE not in self and WEIGHT_DECAY not in self:
             return self
-        scale = self.tensor(LOSS_SCALE).double()
-        if scale.numel() != 1 or not float(scale) > 0.0:
-            raise InputError(
-                f"{LOSS_SCALE} is not one positive number", "run gradleak recover-label again"
-            )
-        tensors = {name: value for name, value in self._tensors.items() if name != LOSS_SCALE}
+        import torch
+
+        scale, rate, rate_of_bias, error = 1.0, 0.0, 0.0, 0.0
+        if LOSS_SCALE in self:
+            scale = self._numbers(LOSS_SCALE, 1)[0]
+            if not scale > 0.0:
+                raise InputError(
+                    f"{LOSS_SCALE} is not positive", "run gradleak recover-label again"
+                )
+        if WEIGHT_DECAY in self:
+            rate, rate_of_bias, error = self._numbers(WEIGHT_DECAY, 3)
+        dropped = (LOSS_SCALE, WEIGHT_DECAY)
+        tensors = {name: value for name, value in self._tensors.items() if name not in dropped}
         for name in self.names(GRAD):
-            scaled = self.unchecked(GRAD + name)
-            tensors[GRAD + name] = (scaled.double() / float(scale)).to(scaled.dtype)
+            given = self.unchecked(GRAD + name)
+            plain, by = given.double(), rate_of_bias if name.endswith("bias") else rate
+            if by and PARAM + name not in self:
+                raise IncompleteError(
+                    f"weight decay cannot be taken off {GRAD}{name} without {PARAM}{name}",
+                    "give the weights with --weights FILE",
+                )
+            if by:
+                state = self.unchecked(PARAM + name).double()
+                left = plain - by * state
+                unsure = _UNSURE * (abs(by) * torch.finfo(given.dtype).eps + error) * state.abs()
+                plain = torch.where(left.abs() <= unsure, 0.0, left)
+            tensors[GRAD + name] = (plain / scale).to(given.dtype)
         loss = self._json("loss")
         known = json.dumps({**(loss if isinstance(loss, dict) else {}), "scale": 1.0})
         return Bundle(tensors, {**self.metadata, "loss": known})
+
+    def _numbers(self, name: str, count: int) -> list[float]:
+        """Return the finite numbers of a small tensor."""
+        tensor = self.tensor(name).double().flatten()
+        if tensor.numel() != count:
+            raise InputError(
+                f"{name} has {tensor.numel()} numbers instead of {count}",
+                "run gradleak recover-label again",
+            )
+        return [float(value) for value in tensor]
 
     @property
     def stages(self) -> list[dict[str, Any]]:

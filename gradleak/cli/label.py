@@ -47,6 +47,7 @@ _NOTHING: dict[str, object] = {
     "residual": None,
     "noise": None,
     "loss_scale": None,
+    "weight_decay": None,
     "alternatives": [],
     "intervals": [],
     "counts": None,
@@ -111,7 +112,7 @@ def command(
         typer.Option(
             metavar="FACTOR",
             help="What the loss was multiplied by, a positive number, or unknown: then it is "
-            "recovered with the label. Default: 1.",
+            "recovered with the label. Default: 1, and what else a single sample's label needs.",
             show_default=False,
             rich_help_panel=ATTACK,
         ),

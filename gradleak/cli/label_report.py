@@ -9,6 +9,7 @@ from gradleak.cli.common import Report, exit_code_of, number
 
 if TYPE_CHECKING:
     from gradleak.labels.counts import ClassCounts
+    from gradleak.labels.decay import WeightDecay
     from gradleak.labels.verdict import Interval, LabelIntervals, SampleLabel
     from gradleak.stages.label import LabelOutcome
 
@@ -51,6 +52,8 @@ def label_report(source: str, outcome: LabelOutcome, plot: str | None) -> Report
         ("column sums", f"{number(result.column_sums)} of the gradient's size (Theorem 1: 0)"),
         ("solved in", f"{1e3 * result.seconds:.1f} ms on {outcome.device}"),
     ]
+    if outcome.weight_decay is not None:
+        rows.insert(1, ("weight decay", _decay(outcome.weight_decay)))
     if plot is not None:
         rows.append(("wrote", plot))
     data: dict[str, object] = {
@@ -65,6 +68,7 @@ def label_report(source: str, outcome: LabelOutcome, plot: str | None) -> Report
         "residual": result.residual,
         "noise": result.noise,
         "loss_scale": _loss_scale(result.samples),
+        "weight_decay": None if outcome.weight_decay is None else outcome.weight_decay.rate,
         "rank": result.rank,
         "column_sums": result.column_sums,
         "alternatives": [_sample(sample) for sample in result.alternatives],
@@ -133,6 +137,12 @@ def _counts(counts: ClassCounts) -> dict[str, object]:
 def _brief(sample: SampleLabel) -> str:
     shown = list(zip(sample.classes, sample.weights, strict=True))[:3]
     return ", ".join(f"class {index} {weight:.4f}" for index, weight in shown)
+
+
+def _decay(decay: WeightDecay) -> str:
+    """Say what weight decay was taken off, and what of biases."""
+    biases = "not of biases" if decay.of_bias is False else "of biases as well"
+    return f"{decay.rate:.4g} {biases}: recognised by the column sums, and taken off"
 
 
 def _loss_scale(samples: tuple[SampleLabel, ...]) -> dict[str, object] | None:

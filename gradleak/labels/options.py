@@ -16,7 +16,8 @@ class LabelOptions:
     the number N of samples. Without it that is the rank of the gradient, or ``recorded_size`` where
     that is known to be larger. ``noise_std`` is the standard deviation of the noise on an entry of
     the gradient, estimated if None; ``loss_scale`` the factor γ of the loss, None if it is unknown.
-    ``seed`` is that of the starts of a batch's search.
+    With ``recognise`` another factor is tried where a single sample's gradient leaves no label of a
+    known family at ``loss_scale``. ``seed`` is that of the starts of a batch's search.
     """
 
     families: Sequence[Family] = FAMILIES
@@ -25,6 +26,7 @@ class LabelOptions:
     recorded_size: int | None = None
     noise_std: float | None = None
     loss_scale: float | None = 1.0
+    recognise: bool = False
     seed: int = 0
 
     def samples(self, rank: int) -> int:

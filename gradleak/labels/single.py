@@ -23,6 +23,7 @@ from gradleak.labels.lossscale import solve_unknown_scale
 from gradleak.labels.noisy import solve_under_noise
 from gradleak.labels.options import LabelOptions
 from gradleak.labels.problem import FamilyTable, ScaleProblem
+from gradleak.labels.recognise import is_doubtful, with_recognised_scale
 from gradleak.labels.refine import describe, refine
 from gradleak.labels.search import find_candidates
 from gradleak.labels.verdict import LabelResult
@@ -190,6 +191,16 @@ def _recover(
                 progress=progress,
             )
             found[b] = replace(result, column_sums=sums[b][0])
+        elif options.recognise and is_doubtful(found[b]):
+            (free,) = _recover(
+                gradient[b, None],
+                weight if weight.dim() == 2 else weight[b, None],
+                bias if bias is None or bias.dim() == 1 else bias[b, None],
+                None if given_bias is None else given_bias[b, None],
+                replace(options, loss_scale=None, recognise=False),
+                progress,
+            )
+            found[b] = with_recognised_scale(found[b], free)
     return [found[b] for b in range(len(ranks))]
 
 

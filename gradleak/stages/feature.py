@@ -16,6 +16,7 @@ from gradleak.bundle import (
     GRAD,
     LABEL,
     PARAM,
+    WEIGHT_DECAY,
     Bundle,
     StageRecord,
     check_finite,
@@ -88,7 +89,10 @@ def recover_feature(
     where = resolve_device(device)
     if LABEL not in bundle:
         raise IncompleteError(f"the bundle holds no {LABEL}", "run gradleak recover-label first")
-    given, bundle = bundle, bundle.without_loss_scale()
+    given = bundle
+    if WEIGHT_DECAY in bundle:
+        bundle = with_weights(bundle, weights)
+    bundle = bundle.plain_loss()
     label = bundle.tensor(LABEL, where).double()
     name = head if head is not None else find_head(bundle)
     layers = _chain(bundle, name)

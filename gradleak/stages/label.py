@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gradleak.bundle import LABEL, LOSS_SCALE, Bundle, StageRecord
+from gradleak.bundle import LABEL, LOSS_SCALE, WEIGHT_DECAY, Bundle, StageRecord
 from gradleak.device import resolve_device
 from gradleak.errors import GradleakError, UsageError
 from gradleak.head import Head, read_head
 from gradleak.labels.curves import Curves, scale_curves
+from gradleak.labels.decay import WeightDecay, find_weight_decay
 from gradleak.labels.options import LabelOptions
 from gradleak.labels.paper import recover_paper, require_family
 from gradleak.labels.paper_search import PaperOptions
@@ -34,12 +35,16 @@ _HEADS, _VALUES = 256, 1 << 24
 
 @dataclass(frozen=True)
 class LabelOutcome:
-    """The enriched ``bundle``, the ``result``, the head it was read from and the device used."""
+    """The enriched ``bundle``, the ``result``, the head it was read from and the device used.
+
+    ``weight_decay`` was recognised in the gradient and taken off, None where there was no sign.
+    """
 
     bundle: Bundle
     result: LabelResult
     head: str
     device: str
+    weight_decay: WeightDecay | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,15 @@ class _Attack:
     device: torch.device
     arguments: dict[str, object]
     progress: Progress | None
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A bundle's head as it is solved: what was recognised as weight ``decay`` is off it."""
+
+    bundle: Bundle
+    head: Head
+    decay: WeightDecay | None
 
 
 def recover_label(
@@ -80,7 +94,9 @@ def recover_label(
     ``batch_size`` is the number of samples, the rank of the gradient unless given;
     ``noise_std`` is the standard deviation of the noise on every entry of the gradient, in its own
     units, 0 for none; by default it is estimated. ``loss_scale`` is the factor of the loss, a
-    positive number or ``unknown``; by default the bundle's metadata say it, or it is 1.
+    positive number or ``unknown``; by default it is 1, and recovered where the label of a single
+    sample fits with another alone. Weight decay is recognised and taken off (``weight_decay`` of
+    the outcome; ``label/weight_decay``), so that later stages do the same.
     ``head`` overrides the search for the classifier; ``weights`` is a state-dict file for a bundle
     without weights. The label goes to ``label/soft`` (N, C) float64, whatever the verdict.
 
@@ -194,6 +210,7 @@ def _attack(
         batch_size=batch_size,
         noise_std=noise_std,
         loss_scale=_known_scale(loss_scale),
+        recognise=loss_scale is None,
         seed=seed,
     )
     where = resolve_device(device)
@@ -205,25 +222,25 @@ def _recover(
     bundles: Iterable[Bundle | GradleakError], attack: _Attack
 ) -> Iterator[LabelOutcome | GradleakError]:
     """Read heads until there are enough of them, and solve them together."""
-    taken: list[tuple[Bundle, Head] | GradleakError] = []
+    taken: list[_Taken | GradleakError] = []
     values = 0
     for bundle in bundles:
         try:
             if isinstance(bundle, GradleakError):
                 raise bundle
-            head = _read(bundle, attack)
+            read = _read(bundle, attack)
         except GradleakError as error:
             taken.append(error)
         else:
-            taken.append((bundle, head))
-            values += head.grad_weight.numel()
+            taken.append(read)
+            values += read.head.grad_weight.numel()
         if len(taken) >= _HEADS or values >= _VALUES:
             yield from _solve(taken, attack)
             taken, values = [], 0
     yield from _solve(taken, attack)
 
 
-def _read(bundle: Bundle, attack: _Attack) -> Head:
+def _read(bundle: Bundle, attack: _Attack) -> _Taken:
     head = read_head(
         bundle,
         name=attack.head,
@@ -236,26 +253,37 @@ def _read(bundle: Bundle, attack: _Attack) -> Head:
             f"method 'bias' needs grad/{head.name}.bias, which the bundle does not hold",
             "use --method scale",
         )
-    return head
+    decay = find_weight_decay(head.grad_weight, head.weight, head.grad_bias, head.bias)
+    return _Taken(bundle, head if decay is None else _without(head, decay), decay)
+
+
+def _without(head: Head, decay: WeightDecay) -> Head:
+    """Return the head with weight decay taken off its gradients."""
+    kind = head.grad_weight.dtype
+    weight = (head.grad_weight.double() - decay.rate * head.weight.double()).to(kind)
+    bias = head.grad_bias
+    if bias is not None and head.bias is not None and decay.of_bias:
+        bias = (bias.double() - decay.rate * head.bias.double()).to(kind)
+    return replace(head, grad_weight=weight, grad_bias=bias)
 
 
 def _solve(
-    taken: list[tuple[Bundle, Head] | GradleakError], attack: _Attack
+    taken: list[_Taken | GradleakError], attack: _Attack
 ) -> list[LabelOutcome | GradleakError]:
     """Solve the heads that were taken, those of the same shapes and dtypes in one call."""
     found: dict[int, LabelOutcome | GradleakError] = {}
-    groups: dict[object, list[tuple[int, Bundle, Head]]] = {}
+    groups: dict[object, list[tuple[int, _Taken]]] = {}
     for index, item in enumerate(taken):
         if isinstance(item, GradleakError):
             found[index] = item
         else:
-            groups.setdefault(_kind(*item), []).append((index, *item))
+            groups.setdefault(_kind(item.bundle, item.head), []).append((index, item))
     for group in groups.values():
-        size = group[0][1].batch_size
-        solved = _solve_alike([head for _, _, head in group], size, attack)
-        for (index, bundle, head), result in zip(group, solved, strict=True):
+        size = group[0][1].bundle.batch_size
+        solved = _solve_alike([item.head for _, item in group], size, attack)
+        for (index, item), result in zip(group, solved, strict=True):
             try:
-                found[index] = _outcome(bundle, head, result, attack)
+                found[index] = _outcome(item, result, attack)
             except GradleakError as error:
                 found[index] = error
     return [found[index] for index in range(len(taken))]
@@ -330,12 +358,11 @@ def _shared(tensors: list[Tensor]) -> Tensor:
     return first if same else torch.stack(tensors)
 
 
-def _outcome(
-    bundle: Bundle, head: Head, result: LabelResult | GradleakError, attack: _Attack
-) -> LabelOutcome:
+def _outcome(item: _Taken, result: LabelResult | GradleakError, attack: _Attack) -> LabelOutcome:
     """Put the result into its bundle; raises the error that is in its place."""
     if isinstance(result, GradleakError):
         raise result
+    bundle, head, decay = item.bundle, item.head, item.decay
     record = StageRecord(
         "recover-label",
         {**attack.arguments, "head": head.name},
@@ -347,10 +374,19 @@ def _outcome(
     found = {} if result.labels is None else {LABEL: result.labels}
     recovered = result.samples[0].loss_scale if result.samples else None
     scale = recovered or attack.options.loss_scale or 1.0
-    if found and (attack.scale_stated or LOSS_SCALE in bundle):
+    if found and (attack.scale_stated or scale != 1.0 or LOSS_SCALE in bundle):
         found[LOSS_SCALE] = torch.tensor(scale, dtype=torch.float64)
+    if decay is not None or WEIGHT_DECAY in bundle:
+        found[WEIGHT_DECAY] = torch.tensor(_rates(decay), dtype=torch.float64)
     extended = bundle.extended(found, record=record)
-    return LabelOutcome(extended, result, head.name, str(attack.device))
+    return LabelOutcome(extended, result, head.name, str(attack.device), decay)
+
+
+def _rates(decay: WeightDecay | None) -> tuple[float, float, float]:
+    """Return λ, that of biases and the error of λ: of biases too, unless their sum says no."""
+    if decay is None:
+        return 0.0, 0.0, 0.0
+    return decay.rate, 0.0 if decay.of_bias is False else decay.rate, decay.error
 
 
 def label_curves(outcome: LabelOutcome, *, weights: Path | str | None = None) -> Curves:

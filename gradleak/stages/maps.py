@@ -55,7 +55,7 @@ def recover_maps(
     weights, :class:`UsageError` for a network that has to be named with ``model``.
     """
     where = resolve_device(device)
-    full = with_weights(bundle.without_loss_scale(), weights)
+    full = with_weights(bundle, weights).plain_loss()
     feature = head_feature(full, where)
     if LABEL not in full or feature is None:
         raise IncompleteError("label or feature are missing", "run gradleak recover-feature first")

@@ -104,7 +104,7 @@ def reconstruct(
     where = resolve_device(device)
     if LABEL not in bundle:
         raise IncompleteError(f"the bundle holds no {LABEL}", "run gradleak recover-label first")
-    full = with_weights(bundle.without_loss_scale(), weights)
+    full = with_weights(bundle, weights).plain_loss()
     labels = full.tensor(LABEL, where).double()
     spec = full.model
     if method == "mlp" and not spec.from_image:
