@@ -232,17 +232,14 @@ def test_frozen_first_layers_leave_label_feature_and_the_maps_above() -> None:
     assert image.images.shape == client.images.shape
 
 
-def test_a_gap_in_the_middle_is_bridged_but_not_exactly() -> None:
-    """What is known of the layer's output stands in, at a condition that costs the picture."""
+def test_a_gap_in_the_middle_stops_the_walk_there() -> None:
     client = Client("lenet")
     bundle = part(client.sends(client.labels("hard")), "grad/features.2")
     featured = gradleak.recover_feature(gradleak.recover_label(bundle).bundle)
     found = recover_maps(featured.bundle, model=client.model)
-    bridged = next(m for m in found.maps if m.names == ("features.2",))
-    assert bridged.with_output
-    assert bridged.condition > 1e4
-    image = gradleak.reconstruct(featured.bundle, model=client.model)
-    assert image.verdict == "approximate"
+    assert [m.names for m in found.maps] == [("features.4",)]
+    assert "0 equations for 256 unknowns" in str(found.barriers[0])
+    assert gradleak.reconstruct(featured.bundle, model=client.model).verdict == "approximate"
 
 
 def test_without_the_heads_gradient_there_is_no_label() -> None:

@@ -159,6 +159,14 @@ def command(
             rich_help_panel=OUTPUT,
         ),
     ] = False,
+    mode: Annotated[
+        str,
+        typer.Option(
+            metavar="MODE",
+            help="eval, or train: BatchNorm by the batch's own statistics, dropout from --seed.",
+            rich_help_panel=SAMPLE,
+        ),
+    ] = "eval",
     json: Json = False,
     quiet: Quiet = False,
     device: Device = "auto",
@@ -166,7 +174,7 @@ def command(
 ) -> None:
     """Compute the gradient of a network on images, as a client would share it.
 
-    Soft-label cross-entropy, mean-reduced, eval mode. The bundle never holds label or image.
+    Soft-label cross-entropy, mean-reduced. The bundle never holds label or image.
     """
     outputs = check_output(output)
     if truth == STDIO:
@@ -226,6 +234,7 @@ def command(
         weights=not no_weights,
         head_only=head_only,
         withhold_bias=withhold_bias,
+        mode=mode,
         device=device,
         seed=seed,
     )

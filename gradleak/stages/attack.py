@@ -3,39 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import interpolate
 
-from gradleak.calculus.added import Added, image_below_added
+from gradleak.calculus.added import image_below_added
 from gradleak.calculus.descent import DescentOptions, descend
-from gradleak.calculus.fit import Fitted, fit_image
-from gradleak.calculus.prior import Bounds, smoothest_image
+from gradleak.calculus.fit import fit_image
+from gradleak.calculus.prior import smoothest_image
 from gradleak.calculus.remaining import RemainingNetwork
 from gradleak.calculus.trace import trace
 from gradleak.calculus.walk import Walk, walk_down
 from gradleak.errors import IncompleteError, UsageError
-from gradleak.normalisation import denormalise, normalise
+from gradleak.normalisation import normalise
 from gradleak.progress import Progress, Step
-from gradleak.reconstruction.matching import MatchResult, match_gradients
+from gradleak.reconstruction.matching import match_gradients
 from gradleak.reconstruction.misfits import gradient_misfits
-from gradleak.reconstruction.objectives import soft_cross_entropy
 from gradleak.reconstruction.options import MatchSettings
-from gradleak.reconstruction.resimulate import GradientResidual, check_reconstruction
+from gradleak.stages.answers import Answer, Given
+from gradleak.stages.contrast import is_blind_to_contrast, with_contrast
 
 # An image whose gradient misses the given one by more is worth a try of matching.
 _FAR = 1e-2
 # A fit whose gradient misses more, and more than noise explains, is one of many, or a wrong one.
 _UNEXPLAINED = 1e-3
-# Levels of an 8-bit picture, and how far from one a pixel may be to count as being there.
-_LEVELS, _OFF_LEVEL = 255.0, 0.3
 # An answer whose gradient is that near is refined against the gradient itself.
 _NEAR = 0.3
 _REFINING = DescentOptions(steps=20, inner=60, damping=1e-6)
@@ -45,102 +40,6 @@ _AS_NOISY = 4.0
 _REFINING_SHARE = 0.25
 # The errors of a walked image are right within this many dB (benchmarks/images.py, noise).
 _MARGIN = 5.0
-# The picture that a fit starts from: so many smooth blots a side, of this mean and spread.
-_START_GRID, _START_GREY, _START_SPREAD = 4, 0.5, 0.15
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Images (N, 3, H, W) by one method, with their certificate, and how they were found.
-
-    ``estimated`` is between which PSNRs (dB) they are, by the errors of the equations they solve;
-    None where nothing tells.
-    """
-
-    method: str
-    images: Tensor
-    certificate: GradientResidual
-    walk: Walk | None = None
-    fitted: Fitted | None = None
-    match: MatchResult | None = None
-    added: Added | None = None
-    estimated: tuple[float, float] | None = None
-
-    def missing(self, numbers: int) -> int:
-        """Return how many equations the images' entries lack, given ``numbers`` of a gradient."""
-        if self.added is not None or (self.walk is not None and self.fitted is None):
-            return 0  # solved for
-        known = numbers if self.fitted is None else self.fitted.equations
-        return max(0, self.images.numel() - known)
-
-
-@dataclass(frozen=True)
-class Given:
-    """What is known of a gradient: its network, and what the earlier stages recovered."""
-
-    network: nn.Module
-    gradients: Mapping[str, Tensor]
-    labels: Tensor
-    feature: Tensor | None
-    shape: tuple[int, int, int]
-    normalisation: tuple[Sequence[float], Sequence[float]]
-    head: str | None
-
-    def certify(self, images: Tensor) -> GradientResidual:
-        """Compare the images' own gradient with the given one."""
-        mean, std = self.normalisation
-        return check_reconstruction(self.network, self.gradients, images, self.labels, mean, std)
-
-    def answer(self, method: str, inputs: Tensor) -> Answer:
-        """Make an answer of what the network takes, ``inputs`` (N, C, H, W).
-
-        Most pictures have 8 bits. Where these all but have, they are tried with exactly those, and
-        the gradient decides.
-        """
-        images = denormalise(inputs, *self.normalisation).clamp(0.0, 1.0)
-        answer = Answer(method, images.float(), self.certify(images.float()))
-        rounded = self.rounded(images)
-        if rounded is None:
-            return answer
-        snapped = Answer(method, rounded, self.certify(rounded))
-        return min(answer, snapped, key=lambda tried: tried.certificate.relative)
-
-    def rounded(self, images: Tensor) -> Tensor | None:
-        """Return ``images`` in [0, 1] with exactly 8 bits, None where they are not near that."""
-        levels = images * _LEVELS
-        if float((levels - levels.round()).abs().max()) > _OFF_LEVEL:
-            return None
-        return (levels.round() / _LEVELS).float()
-
-    def is_read(self, inputs: Tensor) -> bool:
-        """Return whether ``inputs`` are pictures of 8 bits already whose gradient is the given."""
-        rounded = self.rounded(denormalise(inputs, *self.normalisation).clamp(0.0, 1.0))
-        return rounded is not None and self.certify(rounded).exact
-
-    def without_part(self, images: Tensor) -> int:
-        """Return how many pixels of ``images`` (N, 3, H, W) have no part in their gradient.
-
-        No window reads them, or all that reads them is closed: another value is as good.
-        """
-        network = copy.deepcopy(self.network).double().eval()
-        inputs = normalise(images.double(), *self.normalisation).requires_grad_()
-        with torch.enable_grad():
-            loss = soft_cross_entropy(network(inputs), self.labels.to(inputs))
-            (slope,) = torch.autograd.grad(loss, inputs)
-        return int((slope == 0.0).all(1).sum())
-
-    def bounds(self) -> Bounds:
-        """Return what the network takes of black and white pictures."""
-        ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device=self.labels.device)
-        both = normalise(ends.view(2, 1, 1, 1).expand(2, self.shape[0], 1, 1), *self.normalisation)
-        return Bounds(both[:1], both[1:])
-
-    def smooth_start(self, dice: torch.Generator) -> Tensor:
-        """Return smooth random inputs (N, C, H, W): at plain grey all kinks of ReLUs meet."""
-        size = (len(self.labels), self.shape[0], _START_GRID, _START_GRID)
-        coarse = _START_GREY + _START_SPREAD * torch.randn(size, generator=dice, device=dice.device)
-        pictures = interpolate(coarse, size=self.shape[1:], mode="bicubic", align_corners=False)
-        return normalise(pictures, *self.normalisation)
 
 
 def twice_differentiable() -> contextlib.AbstractContextManager[None]:
@@ -246,7 +145,14 @@ def _by_walk(
         )
         best = min(best, given.answer("fit", smooth), key=lambda a: a.certificate.relative)
     best = replace(best, walk=walk, fitted=fitted)
-    return _refined(best, given, _rest(limit, start), seed, progress)
+    best = _refined(best, given, _rest(limit, start), seed, progress)
+    if is_blind_to_contrast(given.network) and best.certificate.relative <= _FAR:
+        best = with_contrast(best, given, _refined_by(seed, progress), seconds=limit)
+    return best
+
+
+def _refined_by(seed: int, progress: Progress | None) -> Callable[[Answer, Given, float], Answer]:
+    return lambda answer, given, seconds: _refined(answer, given, seconds, seed, progress)
 
 
 def _rest(limit: float, start: float) -> float:

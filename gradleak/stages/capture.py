@@ -17,6 +17,8 @@ from gradleak.head import parameter_name
 from gradleak.models.output import logits_in
 from gradleak.models.recording import recorded
 from gradleak.models.spec import ModelSpec
+from gradleak.models.trace import seeded
+from gradleak.models.training import untouched_buffers
 from gradleak.normalisation import normalise
 from gradleak.softlabels import soft_label
 from gradleak.truth import Truth
@@ -47,19 +49,24 @@ def capture(
     weights: bool = True,
     head_only: bool = False,
     withhold_bias: bool = False,
+    mode: str = "eval",
     device: str = "auto",
     seed: int = 0,
 ) -> Capture:
-    """Compute the gradient of the mean soft-label cross-entropy in eval mode, as a bundle.
+    """Compute the gradient of the mean soft-label cross-entropy, as a bundle.
 
     ``images`` (N, 3, H, W) in [0, 1] are normalised by the mean and std of ``spec``, if it has
     any; ``labels`` are classes (N,) int64 or soft labels (N, C). ``spec`` adds what only the caller
     knows (name, mean, std, options). ``weights=False`` leaves the model state out, ``head_only``
     keeps the gradient and weights of the head alone, ``withhold_bias`` drops the head's bias
-    gradient (its bias stays). The model is left in the mode and on the device it was in.
+    gradient (its bias stays). In ``mode`` "train" BatchNorm normalises by the batch and dropout
+    draws from ``seed``; the bundle keeps the buffers from before. The model is left in the mode and
+    on the device it was in.
 
     Raises :class:`InputError` for shapes that do not fit or a network without a Linear head.
     """
+    if mode not in ("eval", "train"):
+        raise UsageError(f"there is no mode {mode!r}", "use eval or train")
     where = resolve_device(device)
     known = spec or ModelSpec()
     if images.dim() != 4 or not len(images):
@@ -84,7 +91,8 @@ def capture(
             for name, parameter in model.named_parameters()
             if not head_only or name.rpartition(".")[0] == head
         }
-        with torch.enable_grad():
+        model.train(mode == "train")
+        with torch.enable_grad(), untouched_buffers(model), seeded(seed):
             logits, features = _forward(model, inputs, [layer.name for layer in layers])
             targets = _as_soft_labels(labels, logits)
             gradients = _gradients(logits, targets, chosen)
@@ -100,7 +108,11 @@ def capture(
         tensors |= {PARAM + name: parameter.detach() for name, parameter in chosen.items()}
         if not head_only:
             tensors |= {BUFFER + name: buffer for name, buffer in model.named_buffers()}
-    arguments: dict[str, object] = {"head_only": head_only, "withhold_bias": withhold_bias}
+    arguments: dict[str, object] = {
+        "head_only": head_only,
+        "withhold_bias": withhold_bias,
+        "mode": mode,
+    }
     record = StageRecord(
         "capture",
         arguments,
@@ -112,7 +124,7 @@ def capture(
         "model": full.to_json(),
         "loss": LOSS,
         "batch_size": str(len(inputs)),
-        "mode": "eval",
+        "mode": mode,
         "defenses": "[]",
     }
     # Copied: the model may be trained on, and the bundle must keep the state at capture.
@@ -182,7 +194,9 @@ def _forward(
         raise UsageError(
             f"the network refused images of shape {list(inputs.shape[1:])} "
             f"({str(error).splitlines()[0]})",
-            "use the size that it takes (--size)",
+            "give two images or more"
+            if "per channel when training" in str(error)
+            else "use the size that it takes (--size)",
         ) from error
     finally:
         for hook in hooks:

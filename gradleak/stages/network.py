@@ -14,10 +14,14 @@ from gradleak.models import registry
 from gradleak.models.build import build_model, is_own
 from gradleak.models.output import giving_logits
 from gradleak.models.spec import ModelSpec
+from gradleak.models.training import use_batch_statistics
 
 
 def network_of(bundle: Bundle, model: nn.Module | str | None, device: torch.device) -> nn.Module:
-    """Build or take the network and give it the bundle's parameters and buffers."""
+    """Build or take the network and give it the bundle's parameters and buffers.
+
+    It is in eval mode; of a bundle from train mode its BatchNorms normalise by the batch.
+    """
     network = bare_network(bundle.model, model)
     state = {**bundle.tensors(BUFFER), **bundle.tensors(PARAM)}
     if not any(name in state for name, _ in network.named_parameters()):
@@ -35,6 +39,8 @@ def network_of(bundle: Bundle, model: nn.Module | str | None, device: torch.devi
                 "name the network that the gradient was taken of",
             )
     network.load_state_dict({n: t for n, t in state.items() if n in own}, strict=False)
+    if bundle.metadata.get("mode") == "train":
+        use_batch_statistics(network)
     return network.to(device).eval()
 
 

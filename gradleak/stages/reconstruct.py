@@ -17,18 +17,14 @@ from gradleak.calculus.record import PeeledMap
 from gradleak.device import resolve_device
 from gradleak.errors import IncompleteError, InputError, UsageError
 from gradleak.head import parameter_name, with_weights
+from gradleak.models.training import drops_units
 from gradleak.progress import Progress
 from gradleak.reconstruction.matching import MatchResult
 from gradleak.reconstruction.mlp import check_mlp, image_of_feature
 from gradleak.reconstruction.options import MatchSettings
 from gradleak.reconstruction.resimulate import GradientResidual
-from gradleak.stages.attack import (
-    Answer,
-    Given,
-    find_images,
-    null_control,
-    twice_differentiable,
-)
+from gradleak.stages.answers import Answer, Given
+from gradleak.stages.attack import find_images, null_control, twice_differentiable
 from gradleak.stages.feature import BundleLayers
 from gradleak.stages.network import head_feature, input_shape, network_of, normalisation_of
 
@@ -151,7 +147,7 @@ def reconstruct(
         fitted=answer.fitted,
         match=match,
         estimated=None if certificate.exact else answer.estimated,
-        warning=_precision_warning(coarse, answer),
+        warning=_dropout_warning(full, sought) or _precision_warning(coarse, answer),
         control=noise,
         device=str(where),
         seconds=seconds,
@@ -196,6 +192,13 @@ def _coarse(bundle: Bundle) -> str | None:
     """
     found = {bundle.info(GRAD + name).dtype for name in bundle.names(GRAD)}
     return next((name for dtype, name in _COARSE.items() if dtype in found), None)
+
+
+def _dropout_warning(bundle: Bundle, given: Given | None) -> str | None:
+    """Say that units were dropped of which nobody knows which."""
+    if given is None or bundle.metadata.get("mode") != "train" or not drops_units(given.network):
+        return None
+    return "the gradient is of train mode with dropout, whose masks cannot be known or repeated"
 
 
 def _precision_warning(coarse: str | None, answer: Answer) -> str | None:

@@ -21,9 +21,14 @@ class BatchNorm(Affine):
     ) -> Mapping[int, Tensor]:
         """Scale δ channel by channel; statistics of the batch itself would mix the samples."""
         if operation.argument(5, "training", False):
-            raise Stopped("it normalises with the statistics of the batch")
+            raise Stopped(
+                "it normalises by the statistics of the batch itself, which the gradient of a step "
+                "does not hold"
+            )
         return super().delta_below(operation, delta, walk)
 
     def value_below(self, operation: Operation, value: Estimate, walk: Walking) -> Estimate | None:
-        """Undo the scale and shift."""
+        """Undo the scale and shift; with statistics of the batch itself they are not known."""
+        if operation.argument(5, "training", False):
+            return None
         return unscaled(operation, value, walk)
