@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gradleak.labels.batch.constant import recover_constant
 from gradleak.labels.batch.joint import solve_jointly
 from gradleak.labels.batch.judge import describe, incomplete, judge, residual_of
 from gradleak.labels.batch.polish import STEPS, Labels, polish
@@ -50,6 +51,12 @@ def recover_batch(
     options = LabelOptions() if options is None else options
     samples = options.samples(rank.rank)
     rank = replace(rank, rank=min(rank.rank, samples))
+    if (options.loss_scale or 1.0) == 1.0 and options.method != "scale":
+        constant = recover_constant(
+            grad_weight, weight, bias, grad_bias, samples=samples, rank=rank
+        )
+        if constant is not None:
+            return constant
     with torch.inference_mode():
         whole = subspace_of(
             grad_weight,
