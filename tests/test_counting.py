@@ -214,8 +214,10 @@ def test_pictures_are_smooth_and_in_range() -> None:
 def test_a_network_needs_a_name_and_a_size() -> None:
     with pytest.raises(UsageError, match="neither a bundle nor a network"):
         count_leak()
-    with pytest.raises(UsageError, match="input size of own:net is not known"):
+    with pytest.raises(UsageError, match="cannot import 'own:net'"):
         count_leak(model="own:net")
+    with pytest.raises(UsageError, match=r"input size of torch\.nn:Identity is not known"):
+        count_leak(model="torch.nn:Identity")
 
 
 # --- Bundles and the command line ---------------------------------------------------------------

@@ -18,7 +18,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import CAT, run_cli, run_shell
+from conftest import CAT, run_cli, run_command, run_shell
 
 from gradleak import activations, bundle, errors
 from gradleak.models import spec
@@ -51,8 +51,9 @@ def name_of(path: Path) -> str:
 class Block:
     """A fenced block; ``expected`` is the ``text`` block right behind it, ``code`` its exit code.
 
-    ``sh`` blocks: every line that begins with ``gradleak`` is run. ``python`` blocks: executed, or
-    saved under the file name that a first line ``# name.py`` gives. The blocks of a document run in
+    ``sh`` blocks: every line that begins with ``gradleak`` is run, and with ``python`` and a file
+    that the document has saved. ``python`` blocks: executed, or saved under the file name that a
+    first line ``# name.py`` gives. The blocks of a document run in
     order, in one folder that holds cat.png, and share one Python namespace. Where the last command
     ends with another exit code than 0, ``<!-- exit code N -->`` stands above the block.
     """
@@ -78,7 +79,7 @@ def blocks_of(document: Path) -> list[Block]:
 def run_block(block: Block, folder: Path, names: dict[str, object]) -> str:
     """Run one block and return what it printed, errors included."""
     if block.kind == "sh":
-        lines = [x for x in block.text.splitlines() if x.startswith("gradleak ")]
+        lines = [x for x in block.text.splitlines() if is_run(x, folder)]
         codes = [*(0 for _ in lines[1:]), block.code]
         return "".join(run_line(x, n, folder) for x, n in zip(lines, codes, strict=False))
     if block.kind == "python":
@@ -92,8 +93,17 @@ def run_block(block: Block, folder: Path, names: dict[str, object]) -> str:
     return ""
 
 
+def is_run(line: str, folder: Path) -> bool:
+    words = line.split()
+    return line.startswith("gradleak ") or (
+        len(words) > 1 and words[0] == "python" and (folder / words[1]).exists()
+    )
+
+
 def run_line(line: str, code: int, folder: Path) -> str:
-    if "|" in line:
+    if line.startswith("python "):
+        done = run_command([sys.executable, *shlex.split(line)[1:]], cwd=folder)
+    elif "|" in line:
         done = run_shell(line, folder)
     else:  # no process of its own: importing torch would take longer than most commands
         done = run_cli(*shlex.split(line, comments=True)[1:], cwd=folder)
@@ -109,7 +119,7 @@ def without_numbers(line: str) -> str:
     line = re.sub(r"\bcuda(:\d+)?\b", "cpu", line)
     measured = r"(?<![\w.])[-+]?(\d+\.\d*(e[-+]?\d+)?|\d+e[-+]?\d+|inf|nan|—)(?![A-Za-z])"
     line = re.sub(measured, "#", line)
-    line = re.sub(r"(± |solved in +|PSNR |8 bit )[-+]?\d+", r"\1#", line)
+    line = re.sub(r"(± |solved in +|residual +|PSNR |8 bit )[-+]?\d+", r"\1#", line)
     return " ".join(line.split())
 
 
@@ -119,6 +129,7 @@ def test_what_a_document_shows_happens(
 ) -> None:
     monkeypatch.setenv("COLUMNS", WIDTH)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # as for a python that is started there
     (tmp_path / "cat.png").write_bytes(CAT.read_bytes())
     names: dict[str, object] = {"__name__": "__main__"}
     with torch.random.fork_rng(devices=()):
@@ -129,6 +140,8 @@ def test_what_a_document_shows_happens(
             # break elsewhere, where a number is longer.
             for line in (block.expected or "").splitlines():
                 assert without_numbers(line) in without_numbers(printed), f"{line}\n{printed}"
+    for module in tmp_path.glob("*.py"):
+        sys.modules.pop(module.stem, None)
 
 
 def test_readme_shows_the_pipeline_as_typed() -> None:

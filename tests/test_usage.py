@@ -29,7 +29,8 @@ MODULES = (capture, label, feature, reconstruct, score, inspect)
         ("inspect --unknown", "No such option: --unknown; see gradleak inspect --help"),
         ("capture --image a.png", "Missing option '--model'; see gradleak capture --help"),
         ("capture --model nothing --image a.png", "unknown model 'nothing'; use one of fcn4, "),
-        ("capture --model a:b --image a.png", "the input size of a:b is not known; give it with"),
+        ("capture --model a:b --image a.png", "cannot import 'a:b'"),
+        ("capture --model torch.nn:Identity --image a.png", "the input size of torch.nn:Identity "),
         ("capture --model fcn4 --size 8 --image {cat} --image {cat} --label 1", "1 labels were"),
         ("capture --model fcn4 --size 8 --image {cat} --mixup .5", "mixup takes pairs of images, "),
         (

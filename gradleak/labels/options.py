@@ -29,6 +29,11 @@ class LabelOptions:
     recognise: bool = False
     seed: int = 0
 
+    @property
+    def counted(self) -> bool:
+        """Whether the number N of samples is known, and not taken from the rank."""
+        return self.batch_size is not None or self.recorded_size is not None
+
     def samples(self, rank: int) -> int:
         """Return the number N of samples behind a gradient of this rank."""
         if self.batch_size is not None:

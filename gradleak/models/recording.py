@@ -23,7 +23,7 @@ _SIZES = (28, 32, 48, 64, 84, 96, 112, 128, 160, 192, 224, 240, 256, 288, 299, 3
 def recorded(model: nn.Module, spec: ModelSpec, example: Tensor | None = None) -> ModelSpec:
     """Return ``spec`` with what ``model`` itself tells: classes, head, layers and input shape.
 
-    ``example`` (N, C, H, W) is a batch as the model takes it, used for its shape alone. Without one
+    ``example`` (N, C, H, W) is a batch as the model takes it; its shape alone is kept. Without one
     the shape is the spec's; without that the model is tried with the usual sizes, and the shape
     is recorded only if it takes no more than one of them (the head is the same at any). Raises
     :class:`InputError` for a network without a Linear head or that takes none of those sizes, and
@@ -42,8 +42,9 @@ def recorded(model: nn.Module, spec: ModelSpec, example: Tensor | None = None) -
         shape, known = usual, len(shapes) == 1 or expected is not None
     first = next(model.parameters())
     dtype = first.dtype if first.is_floating_point() else torch.float32
-    zeros = torch.zeros((1, *shape), dtype=dtype, device=first.device)
-    head, layers, from_image = describe(model, zeros)
+    if example is None:
+        example = torch.zeros((1, *shape))
+    head, layers, from_image = describe(model, example.to(first.device, dtype))
     linear = model.get_submodule(head)
     assert isinstance(linear, nn.Linear)
     return replace(

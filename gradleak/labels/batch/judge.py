@@ -61,7 +61,7 @@ def judge(whole: Subspace, solved: Polished, samples: Sequence[SampleLabel]) -> 
     if solved.freedom < 1:
         return "unidentifiable", _too_many(whole)
     if not explains(whole, solved):
-        excess = solved.misfit / _expected(whole, solved)
+        excess = solved.misfit / expected_misfit(whole, solved)
         return "failed", (
             f"together the {wanted} samples miss the gradient by {excess:.1f} times what its "
             "precision explains"
@@ -77,7 +77,7 @@ def judge(whole: Subspace, solved: Polished, samples: Sequence[SampleLabel]) -> 
 
 def explains(whole: Subspace, solved: Polished) -> bool:
     """Return whether the samples reproduce the gradient to what is expected of it."""
-    return solved.misfit <= _SIGMAS * _expected(whole, solved)
+    return solved.misfit <= _SIGMAS * expected_misfit(whole, solved)
 
 
 def incomplete(whole: Subspace, count: int) -> tuple[Verdict, str]:
@@ -108,13 +108,13 @@ def residual_of(grad_weight: Tensor, deltas: Tensor, features: Tensor, mass: flo
 
 def _variance(whole: Subspace, solved: Polished) -> float:
     """Return the variance of one entry of U S: what is expected of it, or the misfit if larger."""
-    expected = _expected(whole, solved) ** 2 / solved.deltas.shape[1] / whole.size
+    expected = expected_misfit(whole, solved) ** 2 / solved.deltas.shape[1] / whole.size
     if len(solved.a) < whole.size:
         return expected
     return max(expected, solved.misfit**2 / max(1, solved.freedom))
 
 
-def _expected(whole: Subspace, solved: Polished) -> float:
+def expected_misfit(whole: Subspace, solved: Polished) -> float:
     """Return the ‖(1/M) Σ δ_n a_nᵀ − U S‖ that noise and the rounding of every δ would leave."""
     noise = whole.noise**2 * whole.classes * whole.size
     delta = rounding_of(whole, solved.a).square() * solved.deltas.square().sum(1)

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gradleak.labels.batch.constant import recover_constant
 from gradleak.labels.batch.joint import solve_jointly
-from gradleak.labels.batch.judge import describe, incomplete, judge, residual_of
+from gradleak.labels.batch.judge import describe, explains, incomplete, judge, residual_of
 from gradleak.labels.batch.polish import STEPS, Labels, polish
+from gradleak.labels.batch.rows import read_rows
 from gradleak.labels.batch.samples import ROUNDS, Found, find_mass, find_samples
 from gradleak.labels.batch.simplify import prune, simplify
 from gradleak.labels.batch.subspace import Subspace, subspace_of
@@ -26,6 +26,8 @@ _LARGEST_SUPPORT = 2
 _METHOD = "subspace"
 # A mass this near the expected one, relative, is that.
 _SAME_MASS = 1e-2
+# How far below zero rounding may carry an entry of a label.
+_OUTSIDE = 1e-3
 
 Progress = Callable[[int, int], None]
 
@@ -51,12 +53,6 @@ def recover_batch(
     options = LabelOptions() if options is None else options
     samples = options.samples(rank.rank)
     rank = replace(rank, rank=min(rank.rank, samples))
-    if (options.loss_scale or 1.0) == 1.0 and options.method != "scale":
-        constant = recover_constant(
-            grad_weight, weight, bias, grad_bias, samples=samples, rank=rank
-        )
-        if constant is not None:
-            return constant
     with torch.inference_mode():
         whole = subspace_of(
             grad_weight,
@@ -67,6 +63,9 @@ def recover_batch(
             samples=samples,
             loss_scale=options.loss_scale or 1.0,
         )
+        read = _read(whole, counted=options.counted)
+        if read is not None:
+            return _owned(_result(grad_weight, whole, read, rank, "rows"))
         families = [family for family in options.families if family.support <= _LARGEST_SUPPORT]
         dice = torch.Generator(device=grad_weight.device).manual_seed(options.seed)
         whole, found = _first_round(whole, families, dice)
@@ -80,13 +79,29 @@ def recover_batch(
                 jointly = jointly or solve_jointly(whole, families, dice, progress)
         answer = laid_out(whole, found) if found else None
         answer = answer if jointly is None else prune(whole, *jointly)
-        result = _result(grad_weight, whole, answer, rank)
+        result = _result(grad_weight, whole, answer, rank, _METHOD)
     if result.verdict in ("failed", "unidentifiable"):
         result = replace(result, counts=count_labels(grad_weight, weight, bias, grad_bias, samples))
+    return _owned(result)
+
+
+def _owned(result: LabelResult) -> LabelResult:
+    """Return the result with ordinary tensors, which may take part in autograd."""
     if result.labels is None or result.features is None:
         return result
-    # A clone made outside is an ordinary tensor again, which may take part in autograd.
-    return replace(result, labels=result.labels.clone(), features=result.features.clone())
+    with torch.inference_mode(False):
+        return replace(result, labels=result.labels.clone(), features=result.features.clone())
+
+
+def _read(whole: Subspace, *, counted: bool) -> tuple[Tensor, Labels] | None:
+    """Return coordinates and labels as the rows tell them, if they explain the gradient."""
+    for read in read_rows(whole, counted=counted):
+        pruned = prune(whole, *read)
+        solved = polish(whole, *pruned)
+        inside = float(solved.labels.dense().min()) > -_OUTSIDE
+        if inside and solved.freedom > 0 and explains(whole, solved):
+            return pruned
+    return None
 
 
 def _first_round(
@@ -110,13 +125,17 @@ def _first_round(
 
 
 def _result(
-    grad_weight: Tensor, whole: Subspace, answer: tuple[Tensor, Labels] | None, rank: Rank
+    grad_weight: Tensor,
+    whole: Subspace,
+    answer: tuple[Tensor, Labels] | None,
+    rank: Rank,
+    method: str,
 ) -> LabelResult:
     """Polish all samples together (of an incomplete batch, leave those found) and judge them."""
     if answer is None:
         verdict, reason = incomplete(whole, 0)
         return LabelResult(
-            verdict, reason, _METHOD, None, whole.samples, rank=rank.rank, noise=rank.noise
+            verdict, reason, method, None, whole.samples, rank=rank.rank, noise=rank.noise
         )
     count = len(answer[0])
     solved = polish(whole, *answer, steps=STEPS if count == whole.size else 0)
@@ -130,7 +149,7 @@ def _result(
     return LabelResult(
         verdict=verdict,
         reason=reason + _of_the_loss(whole),
-        method=_METHOD,
+        method=method,
         family=names.pop() if len(names) == 1 else MIXED,
         batch_size=whole.samples,
         samples=tuple(samples),

@@ -30,6 +30,8 @@ _AROUND = 6
 _SIGMAS = 8.0
 _MEMBER = 1e-3
 _DISTINCT = 1e-2
+# The weights of a label add up to one at most; far beyond that a start has run away.
+_FULL = 1.5
 # A descent leaves this of p, however precise the gradient; the joint polish goes further.
 _SOLVED = 1e-12
 # Ends of a descent this near each other, relative, have met.
@@ -209,7 +211,7 @@ def _promising(whole: Subspace, left: Subspace) -> float:
 
 def belongs(whole: Subspace, roots: Roots) -> Tensor:
     """Return (M,) whether each root is a sample of the batch, to the gradient's own precision."""
-    inside = roots.weights.amin(1) > -1e-3
+    inside = (roots.weights.amin(1) > -1e-3) & (roots.weights.sum(1) < _FULL)
     # The rounding of p is known by its order of magnitude, noise is measured: ‖r‖² is chi-squared.
     most = 1.0 + _SIGMAS * math.sqrt(2.0 / whole.classes) if whole.noisy else _SIGMAS**2
     return (excess_of(whole, roots) < most) & _member(whole, roots, _MEMBER) & inside

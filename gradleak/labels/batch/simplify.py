@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from gradleak.labels.batch.judge import expected_misfit
 from gradleak.labels.batch.polish import Labels, polish
 from gradleak.labels.batch.roots import Equations, Roots
 from gradleak.labels.batch.samples import Found, belongs, excess_of
@@ -73,7 +74,7 @@ def prune(whole: Subspace, a: Tensor, labels: Labels) -> tuple[Tensor, Labels]:
             weights=solved.labels.weights * kept,
         )
         again = polish(whole, solved.a, fewer)
-        if again.misfit < _WORSE * solved.misfit:
+        if again.misfit < _WORSE * max(solved.misfit, expected_misfit(whole, again)):
             return again.a, again.labels
     return solved.a, solved.labels
 
