@@ -445,7 +445,8 @@ def test_samples_that_the_network_hardly_tells_apart_are_found(samples: int, twi
     labels[samples - twins :] = labels[:twins]  # as many classes have two samples
     captured = capture(network, images, labels)
     values = torch.linalg.svdvals(captured.bundle.tensor("grad/fc4.weight").double())
-    assert float(values[samples - 1] / values[0]) < 1e-3
+    weakest = float(values[samples - 1] / values[0])
+    assert weakest < 1e-3
     labelled = recover_label(captured.bundle)
     assert labelled.result.verdict == "unique"
     assert labelled.result.labels is not None
@@ -453,5 +454,6 @@ def test_samples_that_the_network_hardly_tells_apart_are_found(samples: int, twi
     found = recover_feature(labelled.bundle).layers[0].features
     true = captured.truth.features["fc4"].double()
     apart = torch.cdist(true, found).amin(1) / true.norm(dim=1)
-    assert float(apart.max()) < 1e-2  # float32 leaves no more where they differ
+    # Where they differ, float32's rounding comes back divided by the smallest singular value.
+    assert float(apart.max()) < 8.0 * 2.0**-24 / weakest
     assert float(apart[twins : samples - twins].max()) < 1e-4
