@@ -73,7 +73,7 @@ def descend(
     early at an image that is ``accepted``.
     """
     ends = time.monotonic() + options.seconds
-    here = _Point(residuals, start)
+    here = Point(residuals, start)
     damping, idle, step, taken = options.damping, 0, 0, False
     curvature = here.curvature(generator)
     while step < options.steps and here.squares > options.enough and time.monotonic() < ends:
@@ -83,8 +83,8 @@ def descend(
             if time.monotonic() > ends:
                 return Descended(here.x, here.squares, step, False)
             product = here.product(damping * curvature)
-            move = _solve(product, down, options.inner, tolerance, ends)
-            there = _Point(residuals, here.x + move)
+            move = conjugate_gradients(product, down, options.inner, tolerance, ends)
+            there = Point(residuals, here.x + move)
             if there.squares < here.squares:
                 break
             damping *= _MUCH_MORE
@@ -104,7 +104,7 @@ def descend(
     return Descended(here.x, here.squares, step, taken or here.squares <= options.enough, taken)
 
 
-class _Point:
+class Point:
     """The residuals ``left`` at an image, and the products with their Jacobian there.
 
     The product Jv is the derivative of Jᵀu by u: twice backwards, with the image passed forward
@@ -163,7 +163,7 @@ def _laplacian(v: Tensor) -> Tensor:
     )
 
 
-def _solve(
+def conjugate_gradients(
     product: Callable[[Tensor], Tensor], right: Tensor, steps: int, tolerance: float, ends: float
 ) -> Tensor:
     """Solve by conjugate gradients to a relative ``tolerance``, for ``steps`` or until ``ends``."""

@@ -45,11 +45,6 @@ class Bounds:
         """Return by how much (N, C, H, W) ``x`` lies outside."""
         return (x - self.high).clamp(min=0.0) + (self.low - x).clamp(min=0.0)
 
-    def largest_multiple(self, x: Tensor) -> float:
-        """Return the largest a for which a·x lies within, for bounds on both sides of zero."""
-        room = torch.where(x > 0.0, self.high, self.low) / torch.where(x == 0.0, 1.0, x)
-        return float(room[x != 0.0].amin()) if bool((x != 0.0).any()) else 1.0
-
 
 def smoothest_image(
     network: RemainingNetwork,

@@ -19,8 +19,11 @@ from gradleak.reconstruction.matching import MatchResult
 from gradleak.reconstruction.objectives import soft_cross_entropy
 from gradleak.reconstruction.resimulate import GradientResidual, check_reconstruction
 
-# Levels of an 8-bit picture, and how far from one a pixel may be to count as being there.
-_LEVELS, _OFF_LEVEL = 255.0, 0.3
+LEVELS = 255.0
+"""The largest level of an 8-bit picture."""
+
+# How far from a level a pixel may be to count as being there.
+_OFF_LEVEL = 0.3
 # The picture that a fit starts from: so many smooth blots a side, of this mean and spread.
 _START_GRID, _START_GREY, _START_SPREAD = 4, 0.5, 0.15
 
@@ -83,10 +86,10 @@ class Given:
 
     def rounded(self, images: Tensor) -> Tensor | None:
         """Return ``images`` in [0, 1] with exactly 8 bits, None where they are not near that."""
-        levels = images * _LEVELS
+        levels = images * LEVELS
         if float((levels - levels.round()).abs().max()) > _OFF_LEVEL:
             return None
-        return (levels.round() / _LEVELS).float()
+        return (levels.round() / LEVELS).float()
 
     def is_read(self, inputs: Tensor) -> bool:
         """Return whether ``inputs`` are pictures of 8 bits already whose gradient is the given."""

@@ -26,6 +26,7 @@ from gradleak.reconstruction.misfits import gradient_misfits
 from gradleak.reconstruction.options import MatchSettings
 from gradleak.stages.answers import Answer, Given
 from gradleak.stages.contrast import is_blind_to_contrast, with_contrast
+from gradleak.stages.levels import with_levels
 
 # An image whose gradient misses the given one by more is worth a try of matching.
 _FAR = 1e-2
@@ -114,7 +115,10 @@ def _by_walk(
         answer = replace(
             given.answer("peel", walk.image), walk=walk, estimated=_estimated(walk, given)
         )
-        return _refined(answer, given, _rest(limit, start), seed, progress)
+        answer = _refined(answer, given, _rest(limit, start), seed, progress)
+        if answer.certificate.exact or answer.certificate.relative > _FAR:
+            return answer
+        return with_levels(answer, given, seconds=_rest(limit, start), seed=seed)
     if method == "peel":
         raise IncompleteError(
             f"the image is out of reach by peeling: {walk.barriers[0]}",

@@ -2,37 +2,32 @@
 
 A convolution under BatchNorm with batch statistics gives the same output and the same gradient for
 an image and any multiple of it, but for BatchNorm's ε: with the image grows the variance that ε is
-added to. So a fit ends at some multiple, and what its gradient misses is the trace of ε. That is
-linear in z = 1/a² for an image a times too bright, zero at the true one: two multiples tell where.
+added to. So a fit ends at some multiple, and what its gradient misses is the trace of ε, linear in
+z = 1/a² for an image a times too bright. No descent sees it beside slopes a thousand times steeper,
+so that direction is taken by itself: the image and what must change with it for all else to stay.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gradleak.calculus.descent import Point, conjugate_gradients
 from gradleak.normalisation import normalise
+from gradleak.reconstruction.misfits import gradient_misfits
 from gradleak.stages.answers import Answer, Given
 
-# The multiples tried first, of the largest that stays within black and white.
-_FIRST = (1.0, 0.8)
-_ROUNDS = 4
-# Refining that goes on: so many times at most, while what is missed shrinks by this factor.
-_AGAIN, _WORTH = 3, 0.9
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Inputs (N, C, H, W) of z = 1/a², a the multiple of what was begun with, and their misfit."""
-
-    z: float
-    misfit: float
-    inputs: Tensor
+_ROUNDS = 8
+# A step of z = 1/a² leaves at least this of it.
+_LEAST = 0.1
+# What must change with the contrast: damping relative to the mean curvature, far above that of the
+# contrast; products at most, and how exactly.
+_DAMPING, _INNER, _TOLERANCE = 1e-6, 300, 1e-10
 
 
 def is_blind_to_contrast(model: nn.Module) -> bool:
@@ -53,60 +48,32 @@ def with_contrast(
 
     ``refined`` descends from an answer for so many seconds, ``seconds`` bounds them all.
     """
-    end = time.monotonic() + seconds
-    found = [answer]
-
-    def refine(inputs: Tensor) -> tuple[Tensor, float]:
-        begun = given.answer(answer.method, inputs)
-        tried = replace(answer, images=begun.images, certificate=begun.certificate, estimated=None)
-        for _ in range(_AGAIN):
-            before = tried.certificate.relative
-            tried = refined(tried, given, max(end - time.monotonic(), 1.0))
-            if tried.certificate.relative >= _WORTH * before:
-                break
-        found.append(tried)
-        return normalise(tried.images.double(), *given.normalisation), tried.certificate.relative
-
-    inputs = normalise(answer.images.double(), *given.normalisation)
-    brightest = given.bounds().largest_multiple(inputs)
-
-    def done() -> bool:
-        return time.monotonic() > end or any(tried.certificate.exact for tried in found)
-
-    _search(inputs, brightest, refine, done)
-    return min(found, key=lambda tried: tried.certificate.relative)
-
-
-def _search(
-    inputs: Tensor,
-    brightest: float,
-    refine: Callable[[Tensor], tuple[Tensor, float]],
-    done: Callable[[], bool],
-) -> None:
-    """Try the multiples of ``inputs`` (N, C, H, W) whose gradient may miss the given one least.
-
-    ``brightest`` is the largest multiple that is still a picture; ``refine`` descends from inputs
-    to nearby ones and returns them with their misfit; after ``done`` no further one is tried.
-    """
-    trials = []
-    for share in _FIRST:
-        a = share * brightest
-        refined, misfit = refine(a * inputs)
-        trials.append(Trial(a**-2, misfit, refined))
+    ends = time.monotonic() + seconds
+    misfits = gradient_misfits(given.network, given.gradients, given.labels)
+    dice = torch.Generator(device=given.labels.device).manual_seed(0)
+    best = tried = answer
     for _ in range(_ROUNDS):
-        trials.sort(key=lambda trial: trial.misfit)
-        for z in list(_zeros(trials[:2])):
-            if done():
-                break
-            if math.isfinite(z) and z >= brightest**-2 * (1.0 - 1e-3):
-                nearest = trials[0]
-                refined, misfit = refine(nearest.inputs * math.sqrt(nearest.z / z))
-                trials.append(Trial(z, misfit, refined))
+        if best.certificate.exact or time.monotonic() > ends:
+            break
+        inputs = normalise(tried.images.double(), *given.normalisation)
+        moved = _along_the_weakest(Point(misfits, inputs), dice, ends)
+        scaled = given.answer(answer.method, moved)
+        tried = replace(
+            answer, images=scaled.images, certificate=scaled.certificate, estimated=None
+        )
+        tried = refined(tried, given, max(ends - time.monotonic(), 1.0))
+        best = min(best, tried, key=lambda one: one.certificate.relative)
+    return best
 
 
-def _zeros(trials: Sequence[Trial]) -> Iterator[float]:
-    """Yield where |linear| functions through two points are zero: between them, and outside."""
-    one, two = trials
-    yield (one.z * two.misfit + two.z * one.misfit) / (one.misfit + two.misfit)
-    if two.misfit > one.misfit:
-        yield (one.z * two.misfit - two.z * one.misfit) / (two.misfit - one.misfit)
+def _along_the_weakest(here: Point, generator: torch.Generator, ends: float) -> Tensor:
+    """Return the image at another contrast, by the z at which the residuals are least."""
+    damping = _DAMPING * here.curvature(generator)
+    pulled = here.pull(here.push(here.x))
+    beside = conjugate_gradients(here.product(damping), -pulled, _INNER, _TOLERANCE, ends)
+    direction = here.x + beside
+    along = torch.cat([part.flatten() for part in here.push(direction)])
+    left = torch.cat([part.flatten() for part in here.left])
+    z = 1.0 + 2.0 * float(along @ left) / float(along.square().sum())
+    moved: Tensor = here.x + (max(z, _LEAST) ** -0.5 - 1.0) * direction
+    return moved

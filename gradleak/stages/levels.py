@@ -1,0 +1,73 @@
+"""Pictures of 8 bits under noise: the levels of the surest pixels first, which settle the others.
+
+Noise leaves some pixels of a walked image surer than others, by their standard errors. Those that
+are within half a level many times over are set to it; the gradient is then met by the rest alone,
+which leaves them less to be wrong by; and so on.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gradleak.calculus.descent import DescentOptions, Residuals, descend
+from gradleak.normalisation import denormalise, normalise
+from gradleak.reconstruction.misfits import gradient_misfits
+from gradleak.stages.answers import LEVELS, Answer, Given
+
+# A pixel is sure if so many standard errors are less than half a level; of those that were left
+# after a round, the ones this near a level.
+_SIGMAS, _NEAR_LEVEL = 5.0, 0.25
+# Where fewer are sure, there is nothing to begin with.
+_ENOUGH = 0.5
+_ROUNDS = 4
+_DESCENT = DescentOptions(steps=6, inner=60, damping=1e-6)
+
+
+def with_levels(answer: Answer, given: Given, *, seconds: float, seed: int) -> Answer:
+    """Return the picture of 8 bits beside a walked ``answer`` if its gradient is as near.
+
+    It takes ``seconds`` at most, and returns the answer as it was where that is not enough, or the
+    errors of its pixels are not known or too large.
+    """
+    found = None if answer.walk is None else answer.walk.recovered(0)
+    if found is None or given.rounded(answer.images) is not None:
+        return answer
+    _, spread = given.normalisation
+    std = found.std * found.std.new_tensor(list(spread)).view(1, -1, 1, 1)
+    sure = _SIGMAS * std * LEVELS < 0.5
+    if float(sure.double().mean()) < _ENOUGH:
+        return answer
+    ends = time.monotonic() + seconds
+    misfits = gradient_misfits(given.network, given.gradients, given.labels)
+    levels = answer.images.double() * LEVELS
+    for _ in range(_ROUNDS):
+        fixed = normalise(torch.where(sure, levels.round(), levels) / LEVELS, *given.normalisation)
+        if bool(sure.all()):
+            break
+        move = _met(misfits, fixed, ~sure, max(ends - time.monotonic(), 0.0), seed)
+        levels = denormalise(fixed + move, *given.normalisation) * LEVELS
+        sure = sure | ((levels - levels.round()).abs() < _NEAR_LEVEL)
+        if time.monotonic() > ends:
+            break
+    images = (levels.round().clamp(0.0, LEVELS) / LEVELS).float()
+    certificate = given.certify(images)
+    if certificate.relative > answer.certificate.relative:
+        return answer
+    return replace(answer, images=images, certificate=certificate)
+
+
+def _met(misfits: Residuals, fixed: Tensor, free: Tensor, seconds: float, seed: int) -> Tensor:
+    """Return how the ``free`` entries move to meet the gradient, the others as they are."""
+    mask = free.to(fixed.dtype)
+    dice = torch.Generator(device=fixed.device).manual_seed(seed)
+    found = descend(
+        lambda x: misfits(fixed + mask * x),
+        torch.zeros_like(fixed),
+        replace(_DESCENT, seconds=seconds),
+        generator=dice,
+    )
+    return mask * found.x
