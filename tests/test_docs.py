@@ -119,6 +119,7 @@ def without_numbers(line: str) -> str:
     line = re.sub(r"\bcuda(:\d+)?\b", "cpu", line)
     measured = r"(?<![\w.])[-+]?(\d+\.\d*(e[-+]?\d+)?|\d+e[-+]?\d+|inf|nan|—)(?![A-Za-z])"
     line = re.sub(measured, "#", line)
+    line = re.sub(r"\b\d+%", "#", line)
     line = re.sub(r"(± |solved in +|residual +|PSNR |8 bit )[-+]?\d+", r"\1#", line)
     return " ".join(line.split())
 
