@@ -13,7 +13,7 @@ _GPU_BLOCK = 1 << 26
 _RUN = 64
 _SAMPLE = 256
 # Rows that give a first guess, and roundings of the matrix up to which that is good enough.
-_HEAVIEST, _ROUNDINGS = 256, 16.0
+_HEAVIEST, _ROUNDINGS = 128, 16.0
 # A relative residual that is told to three digits by any of two norms that differ by it.
 _LITTLE = 1e-3
 
@@ -124,19 +124,24 @@ def outer_rest(matrix: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Ten
 
 
 def outer_residual(matrix: Tensor, left: Tensor, right: Tensor) -> float:
-    """Return ‖M − l rᵀ‖ / ‖M‖ for (R, K), (R,), (K,); 0 for a matrix of zeros, NaN if it holds one.
+    """Return ‖M − L R‖ / ‖M‖ for (R, K), (R, N), (N, K); 0 for zeros, NaN if the matrix holds one.
 
-    The differences are formed in the matrix's own precision, at least float32, their squares
-    summed in float64: the result is right down to that precision, which is all the matrix can be
-    compared to.
+    Vectors (R,) and (K,) stand for N = 1. Then the differences are formed in the matrix's own
+    precision, at least float32, their squares summed in float64: the result is right down to that
+    precision, which is all the matrix can be compared to.
     """
-    unit = _unit(left, right)
-    rest = _zero(matrix)
-    for _, difference in _differences(matrix, left, right, unit):
-        rest += _square(difference)
-    outer = (left / unit).square().sum() * right.square().sum()
+    if left.dim() == 1:
+        unit = _unit(left, right)
+        rest = _zero(matrix)
+        for _, difference in _differences(matrix, left, right, unit):
+            rest += _square(difference)
+        outer = (left / unit).square().sum() * right.square().sum()
+    else:
+        unit = _zero(matrix) + 1.0
+        rest = outer_rest(matrix, left, right)[0].sum()
+        outer = ((left.mT @ left) * (right @ right.mT)).sum()
     if float(rest) < _LITTLE**2 * float(outer):
-        return _relative(rest, outer)  # ‖l rᵀ‖ is ‖M‖ to so many digits
+        return _relative(rest, outer)  # ‖L R‖ is ‖M‖ to so many digits
     total = _zero(matrix)
     for rows in row_blocks(matrix):
         total += _square(matrix[rows].to(unit.dtype) / unit)
@@ -189,7 +194,7 @@ def _differences(
     left, right = (left / unit).to(wide), right.to(wide)
     scale, room = 1.0 / float(unit), None
     step = len(range(*next(row_blocks(matrix)).indices(len(matrix))))
-    for block, part in zip(matrix.split(step), left.split(step), strict=True):
+    for block, part in zip(torch.split(matrix, step), torch.split(left, step), strict=True):
         block = block.to(wide)
         if room is None or room.shape != block.shape:
             room = torch.empty_like(block)
