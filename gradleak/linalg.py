@@ -13,7 +13,7 @@ _GPU_BLOCK = 1 << 26
 _RUN = 64
 _SAMPLE = 256
 # Rows that give a first guess, and roundings of the matrix up to which that is good enough.
-_HEAVIEST, _ROUNDINGS = 128, 16.0
+_HEAVIEST, _ROUNDINGS = 32, 16.0
 # A relative residual that is told to three digits by any of two norms that differ by it.
 _LITTLE = 1e-3
 

@@ -132,7 +132,10 @@ def _present(tensor: Tensor | None, what: str) -> Tensor:
 
 
 def _times(weight: Tensor, x: Tensor) -> Tensor:
-    return matmul(weight, x.mT).mT if x.dtype == torch.float64 else x @ weight.to(x.dtype).mT
+    if x.dtype == torch.float64:
+        return matmul(weight, x.mT).mT
+    weight = weight.to(x.dtype)
+    return (weight @ x[0])[None] if len(x) == 1 else x @ weight.mT
 
 
 def _transposed_times(weight: Tensor, delta: Tensor) -> Tensor:
