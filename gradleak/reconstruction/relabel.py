@@ -21,7 +21,7 @@ from gradleak.models.spec import LinearLayer
 
 _STEPS = 200
 # Conjugate gradients have arrived where the right-hand side is left to this part.
-_LEFT = 5e-4
+_LEFT = 1e-4
 
 
 def labels_of_images(
