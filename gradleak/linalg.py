@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Values of a float64 block that stays in a core's cache while it is used twice, and of a block
-# that is looked at once, large enough to be shared out to the cores.
-_BLOCK, _ONCE = 1 << 18, 1 << 20
+# Values of a block that stays in a core's cache while it is used twice or three times.
+_BLOCK = 1 << 18
 _GPU_BLOCK = 1 << 26
 _RUN = 64
 _SAMPLE = 256
+# Rows that give a first guess, and roundings of the matrix up to which that is good enough.
+_HEAVIEST, _ROUNDINGS = 32, 16.0
 # A relative residual that is told to three digits by any of two norms that differ by it.
 _LITTLE = 1e-3
 
@@ -100,43 +101,82 @@ def rmatvec(matrix: Tensor, vector: Tensor) -> Tensor:
     return out
 
 
-def outer_residual(matrix: Tensor, left: Tensor, right: Tensor) -> float:
-    """Return ‖M − l rᵀ‖ / ‖M‖ for (R, K), (R,), (K,); 0 for a matrix of zeros, NaN if it holds one.
+def rmatmul(matrix: Tensor, other: Tensor) -> Tensor:
+    """Return ``other @ matrix`` for (R, K) and (N, R) as float64 (N, K)."""
+    out = other.new_zeros(len(other), matrix.shape[1], dtype=torch.float64)
+    for rows, block in wide_blocks(matrix):
+        out.addmm_(other[:, rows], block)
+    return out
 
-    The differences are formed in the matrix's own precision, at least float32, their squares
-    summed in float64: the result is right down to that precision, which is all the matrix can be
-    compared to.
+
+def outer_rest(matrix: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what L R leaves of M, for (R, K), (R, N) and (N, K): the squares' sums, float64.
+
+    The first (R,) are those of the rows, the second (K,) those of the columns. The differences are
+    formed in float64: where many terms cancel in a sum, float32 would leave its own rounding.
     """
-    unit = _unit(left, right)
-    rest = _zero(matrix)
-    for _, difference in _differences(matrix, left, right, unit):
-        rest = rest + _square(difference)
-    outer = (left / unit).square().sum() * right.square().sum()
+    rows, columns = left.new_zeros(len(left)), right.new_zeros(right.shape[1])
+    for part, block in wide_blocks(matrix):
+        squares = block.addmm_(left[part], right, alpha=-1.0).square_()
+        rows[part] = squares.sum(1)
+        columns += squares.sum(0)
+    return rows, columns
+
+
+def outer_residual(matrix: Tensor, left: Tensor, right: Tensor) -> float:
+    """Return ‖M − L R‖ / ‖M‖ for (R, K), (R, N), (N, K); 0 for zeros, NaN if the matrix holds one.
+
+    Vectors (R,) and (K,) stand for N = 1. Then the differences are formed in the matrix's own
+    precision, at least float32, their squares summed in float64: the result is right down to that
+    precision, which is all the matrix can be compared to.
+    """
+    if left.dim() == 1:
+        unit = _unit(left, right)
+        rest = _zero(matrix)
+        for _, difference in _differences(matrix, left, right, unit):
+            rest += _square(difference)
+        outer = (left / unit).square().sum() * right.square().sum()
+    else:
+        unit = _zero(matrix) + 1.0
+        rest = outer_rest(matrix, left, right)[0].sum()
+        outer = ((left.mT @ left) * (right @ right.mT)).sum()
     if float(rest) < _LITTLE**2 * float(outer):
-        return _relative(rest, outer)  # ‖l rᵀ‖ is ‖M‖ to so many digits
+        return _relative(rest, outer)  # ‖L R‖ is ‖M‖ to so many digits
     total = _zero(matrix)
-    for rows in row_blocks(matrix, _ONCE):
-        total = total + _square(matrix[rows].to(unit.dtype) / unit)
+    for rows in row_blocks(matrix):
+        total += _square(matrix[rows].to(unit.dtype) / unit)
     return _relative(rest, total)
 
 
 def rank_one_fit(matrix: Tensor, left: Tensor) -> tuple[Tensor, float]:
     """Return the r (K,) that minimises ‖M − l rᵀ‖ for (R, K), (R,), and ‖M − l rᵀ‖ / ‖M‖ there.
 
-    A large matrix is looked at once: the row of the largest l gives a first r, and what it leaves
-    of the others gives the correction, the rest and ‖M‖. Of a matrix of rank one it leaves
-    roundings, so that float32 sums are exact enough: r (float64) is as good as summed in float64.
+    The rows of the largest l give a first r, which their number makes better than one rounding.
+    Where it leaves roundings of M, a large matrix has been looked at once, and r is as good as any;
+    where it leaves noise, a second look takes the mean over all rows.
     """
-    highest = int(left.abs().argmax())
-    first = matrix[highest].double() / left[highest]
+    heaviest = left.abs().topk(min(_HEAVIEST, len(left))).indices
+    weights = left[heaviest]
+    largest = weights[0].abs()  # in other units the squares of a small l would underflow
+    scaled = weights / largest
+    first = (scaled @ matrix[heaviest].double()) / (largest * (scaled @ scaled))
+    residual = outer_residual(matrix, left, first)
+    if residual <= _ROUNDINGS * min(precision(matrix.dtype), precision(torch.float32)):
+        return first, residual
+    return _corrected(matrix, left, first)
+
+
+def _corrected(matrix: Tensor, left: Tensor, first: Tensor) -> tuple[Tensor, float]:
+    """Return what :func:`rank_one_fit` does, from what the r ``first`` leaves of all rows."""
     unit = _unit(left, first)
     square = left @ left
     pulled, rest = torch.zeros_like(first), _zero(matrix)
-    for rows, difference in _differences(matrix, left, first, unit):
-        pulled += left[rows].to(difference.dtype) @ difference
-        rest = rest + _square(difference)
-    # With D = (M − l firstᵀ) / unit, all else follows from its size and from lᵀD.
-    outer = first / unit
+    for part, difference in _differences(matrix, left, first, unit):
+        pulled += part @ difference
+        rest += _square(difference)
+    # With D = (M − l firstᵀ) / unit, all else follows from its size and from lᵀD, which is
+    # ``unit`` times ``pulled``.
+    outer, pulled = first / unit, unit * pulled
     total = rest + 2.0 * (pulled @ outer) + square * (outer @ outer)
     least = (rest - pulled @ pulled / square).clamp(min=0.0)
     return first + unit * pulled / square, _relative(least, total)
@@ -144,20 +184,21 @@ def rank_one_fit(matrix: Tensor, left: Tensor) -> tuple[Tensor, float]:
 
 def _differences(
     matrix: Tensor, left: Tensor, right: Tensor, unit: Tensor
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield row slices of M and (M − l rᵀ) / unit there, in at least float32.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield, block by block, l / unit and (M − l rᵀ) / unit, in at least float32.
 
-    All differences are in the same memory, which the next one overwrites.
+    All differences are in the same memory, which the next one overwrites: of a block read once,
+    all further looks find it in the core's cache.
     """
     wide = torch.promote_types(matrix.dtype, torch.float32)
     left, right = (left / unit).to(wide), right.to(wide)
     scale, room = 1.0 / float(unit), None
-    for rows in row_blocks(matrix, _ONCE):
-        block = matrix[rows].to(wide)
-        if room is None:
+    step = len(range(*next(row_blocks(matrix)).indices(len(matrix))))
+    for block, part in zip(torch.split(matrix, step), torch.split(left, step), strict=True):
+        block = block.to(wide)
+        if room is None or room.shape != block.shape:
             room = torch.empty_like(block)
-        out = room[: len(block)]
-        yield rows, torch.addr(block, left[rows], right, beta=scale, alpha=-1.0, out=out)
+        yield part, torch.addr(block, part, right, beta=scale, alpha=-1.0, out=room)
 
 
 def _unit(left: Tensor, right: Tensor) -> Tensor:

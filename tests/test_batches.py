@@ -214,7 +214,7 @@ def test_a_batch_through_an_mlp_gives_the_inputs_of_all_layers() -> None:
     scored = score(outcome.bundle, truth=captured.truth)
     assert max(max(errors) for errors in scored.features.values()) <= EXACT_FEATURE
     pictures = reconstruct(outcome.bundle, model=network, device="cpu")
-    assert (pictures.verdict, pictures.method) == ("unique", "peel")
+    assert (pictures.verdict, pictures.method) == ("unique", "mlp")
     away = (pictures.images[:, None] - images).abs().amax((2, 3, 4)).amin(0)
     assert float(away.max()) < 1e-5
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from photographs import centre
 
-from gradleak.linalg import outer_residual, rank_one_fit
+from gradleak.linalg import outer_residual, outer_rest, rank_one_fit, rmatmul
 
 
 def outer(scale: float, noise: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,3 +51,20 @@ def test_zeros_and_what_is_not_a_number() -> None:
     matrix[5, 7] = math.nan
     assert math.isnan(outer_residual(matrix, left, right))
     assert math.isnan(rank_one_fit(matrix, left)[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_several_samples_are_taken_block_by_block(dtype: torch.dtype) -> None:
+    dice = torch.Generator().manual_seed(0)
+    left = torch.randn(700, 3, generator=dice, dtype=torch.float64)
+    right = torch.randn(3, 900, generator=dice, dtype=torch.float64)
+    matrix = (left @ right).to(dtype)
+    rest = matrix.double() - left @ right
+    rows, columns = outer_rest(matrix, left, right)
+    torch.testing.assert_close(rows, rest.square().sum(1), rtol=1e-6, atol=1e-24)
+    torch.testing.assert_close(columns, rest.square().sum(0), rtol=1e-6, atol=1e-24)
+    torch.testing.assert_close(rmatmul(matrix, left.mT), left.mT @ matrix.double())
+    expected = float(rest.norm() / matrix.double().norm())
+    assert outer_residual(matrix, left, right) == pytest.approx(expected, rel=1e-3, abs=1e-15)
+    wrong = float((matrix.double() - 2.0 * left @ right).norm() / matrix.double().norm())
+    assert outer_residual(matrix, left, 2.0 * right) == pytest.approx(wrong, rel=1e-6)

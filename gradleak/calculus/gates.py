@@ -24,8 +24,9 @@ _CLOSED, _DOUBT_FROM, _DOUBT_TO = 1.5, 0.7, 15.0
 _LEAST_NOISE = 4.0
 # Share of the output channels that may be left out: all that are to spare, within bounds.
 _SPARE, _FEWEST, _MOST = 1.3, 0.02, 0.5
-# A channel whose residual is that many times the median's has a mistake.
-_OUTLYING = 4.0
+# A channel whose residual is that many times the median's has a mistake, unless it is no more than
+# so many roundings of its gradient or of a usual one: to lose a unit of that size does no harm.
+_OUTLYING, _ROUNDED = 4.0, 16.0
 # Leaving out channels that do not stand out has to pay by this factor of the residual.
 _WORTH = 0.7
 _DECISIONS, _ROUNDS = 4, 8
@@ -157,12 +158,13 @@ def _decided(mask: Tensor, units: Tensor, layer: GatedLayer, x: Tensor) -> Tenso
     mask = mask.clone()
     mask[units[:, 0], units[:, 1], units[:, 2]] = False
     patches = layer.window.patches(x)  # (N, C, T, P)
-    left = layer.equations(mask).residuals(x)
-    for channel in sorted(set(units[:, 1].tolist())):
+    channels = torch.unique(units[:, 1])
+    rests = layer.equations(mask).only(channels).residuals(x)
+    for channel, left in zip(channels.tolist(), rests, strict=True):
         own = units[units[:, 1] == channel]
         columns = patches[own[:, 0], :, :, own[:, 2]].flatten(1)
         columns = columns * layer.step[own[:, 0], channel, own[:, 2], None]
-        share = least_squares(columns.mT, left[channel].flatten()[:, None])
+        share = least_squares(columns.mT, left.flatten()[:, None])
         mask[own[:, 0], channel, own[:, 2]] = share.flatten() > 0.5
     return mask
 
@@ -182,9 +184,11 @@ def _misfits(
     """
     bad = torch.zeros(mask.shape[1], dtype=torch.bool, device=mask.device)
     whole = layer.equations(mask)
+    sizes = whole.sizes()
+    rounding = _ROUNDED * precision * sizes.clamp(min=float(sizes.square().mean().sqrt()))
     for _ in range(_ROUNDS):
-        left = torch.linalg.vector_norm(whole.residuals(solved.x).flatten(1), dim=1)
-        outlying = (left > _OUTLYING * left[~bad].median()) & ~bad
+        left = whole.misfits(solved.x)
+        outlying = (left > _OUTLYING * left[~bad].median()) & (left > rounding) & ~bad
         agreed = not bool(outlying.any())
         if agreed and solved.residual <= allowed:
             break
@@ -207,13 +211,16 @@ def _mended(mask: Tensor, certain: Tensor, bad: Tensor, layer: GatedLayer, x: Te
     Only what the gradient's own noise leaves beyond doubt is changed, and nothing ``certain``.
     """
     mask = mask.clone()
+    if not bool(bad.any()):
+        return mask
     patches = layer.window.patches(x).movedim(3, 1).flatten(2)  # (N, P, C·T)
-    noise = layer.equations(mask).residuals(x)[~bad].square().mean().sqrt()
-    shut = layer.equations(torch.zeros_like(mask)).residuals(x)  # with all of them closed
-    for channel in bad.nonzero().flatten().tolist():
+    rest = layer.equations(mask).misfits(x)[~bad]
+    noise = (rest.square().mean() / layer.gradient[0].numel()).sqrt()
+    closed = layer.equations(torch.zeros_like(mask)).only(bad)
+    for channel, shut in zip(bad.nonzero().flatten().tolist(), closed.residuals(x), strict=True):
         fixed = certain[:, channel]
         columns = layer.step[:, channel, :, None] * patches
-        target = shut[channel].flatten() - columns[fixed].sum(0)
+        target = shut.flatten() - columns[fixed].sum(0)
         free = columns[~fixed]
         if len(free) > len(target) or not len(free):
             continue

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradleak.calculus.window import Window
+from gradleak.linalg import outer_rest, rmatmul
 
 # A condition number beyond this leaves no digit of float64's normal equations.
 _SINGULAR = 1e7
@@ -24,16 +25,25 @@ class LayerEquations:
     """The gradient G (O, C, T) of one layer and the ``delta`` (N, O, P) at its output.
 
     Linear equations for the layer's input (N, C, places): O·T of them for the N·places unknowns of
-    each channel.
+    each channel. The gradient of a Linear layer has any dtype, that of others float64.
     """
 
     window: Window
     delta: Tensor
     gradient: Tensor
 
+    @property
+    def linear(self) -> bool:
+        """Whether the layer is Linear: one window, the whole input."""
+        return self.window.index.numel() == 1 == self.window.places
+
+    def only(self, channels: Tensor) -> LayerEquations:
+        """Return the equations of the output channels of a mask (O,), or of numbers."""
+        return LayerEquations(self.window, self.delta[:, channels], self.gradient[channels])
+
     def without(self, channels: Tensor) -> LayerEquations:
         """Return the equations of all output channels but those of the mask ``channels`` (O,)."""
-        return LayerEquations(self.window, self.delta[:, ~channels], self.gradient[~channels])
+        return self.only(~channels)
 
     def matrix(self) -> Tensor:
         """Return A (O·T, N·places)."""
@@ -41,11 +51,24 @@ class LayerEquations:
 
     def target(self) -> Tensor:
         """Return the right-hand side (O·T, C)."""
-        return self.gradient.transpose(1, 2).flatten(0, 1)
+        return self.gradient.double().transpose(1, 2).flatten(0, 1)
 
     def residuals(self, x: Tensor) -> Tensor:
         """Return (O, C, T) what the input ``x`` (N, C, places) leaves of the gradient."""
-        return self.gradient - self.window.gradient(self.delta, x)
+        return self.gradient.double() - self.window.gradient(self.delta, x)
+
+    def misfits(self, x: Tensor) -> Tensor:
+        """Return (O,) the norms of what the input ``x`` leaves of each output channel."""
+        if not self.linear:
+            norms: Tensor = torch.linalg.vector_norm(self.residuals(x).flatten(1), dim=1)
+            return norms
+        rows, _ = outer_rest(self.gradient[..., 0], self.delta[..., 0].mT, x[..., 0])
+        return rows.sqrt()
+
+    def sizes(self) -> Tensor:
+        """Return (O,) the norms of the gradient of each output channel, float64."""
+        norms: Tensor = torch.linalg.vector_norm(self.gradient.flatten(1), dim=1)
+        return norms.double()
 
 
 @dataclass(frozen=True)
@@ -73,6 +96,8 @@ def solve_input(equations: Sequence[LayerEquations], precision: float) -> Soluti
     ``precision`` is the relative rounding of the gradients, which counts beside what the solution
     leaves where few equations are to spare.
     """
+    if all(part.linear for part in equations):
+        return _solve_linear(equations, precision)
     first = equations[0]
     samples, channels = first.delta.shape[0], first.gradient.shape[1]
     sizes = [float(torch.linalg.vector_norm(e.gradient)) for e in equations]
@@ -109,6 +134,48 @@ def solve_input(equations: Sequence[LayerEquations], precision: float) -> Soluti
         std = torch.full_like(x, math.inf).masked_scatter(read[:, None], std)
     shape = (samples, first.window.places, channels)
     return Solution(x.view(shape).mT, std.view(shape).mT, residual, condition)
+
+
+def _solve_linear(equations: Sequence[LayerEquations], precision: float) -> Solution:
+    """Solve for the input of Linear layers, whose gradients are looked at twice, block by block.
+
+    The equations of N samples are few numbers, so that they are inverted as they are instead of by
+    normal equations, and there is nothing to refine.
+    """
+    first = equations[0]
+    samples, channels = len(first.delta), first.gradient.shape[1]
+    weights = [1.0]
+    if len(equations) > 1:
+        sizes = [float(torch.linalg.vector_norm(e.gradient.double())) for e in equations]
+        weights = [sizes[0] / size if size > 0.0 else 0.0 for size in sizes]
+    parts = [w * e.delta[..., 0].mT for w, e in zip(weights, equations, strict=True)]
+    matrix = torch.cat(parts)  # (O, N)
+    if len(matrix) < samples:
+        return _undetermined(samples, channels, 1, matrix)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    condition = float(values[0] / values[-1].clamp(min=1e-300))
+    if not condition < _SINGULAR:
+        return _undetermined(samples, channels, 1, matrix)
+    inverse = (right.mT / values) @ left.mT  # (N, O)
+    x = matrix.new_zeros(samples, channels)
+    column, taken = matrix.new_zeros(channels), 0
+    for weight, part in zip(weights, equations, strict=True):
+        own = inverse[:, taken : taken + part.delta.shape[1]]
+        x += rmatmul(part.gradient[..., 0], weight * own)
+        taken += part.delta.shape[1]
+    for weight, part in zip(weights, equations, strict=True):
+        _, left_over = outer_rest(part.gradient[..., 0], part.delta[..., 0].mT, x)
+        column += weight**2 * left_over
+    # What the solution explains and what it leaves are at right angles.
+    target = ((values[:, None] * right) @ x).square().sum(0) + column
+    if not float(target.sum()) > 0.0:
+        return _undetermined(samples, channels, 1, matrix)
+    known = len(matrix) - samples + _PRIOR
+    noise = ((column + _PRIOR * precision**2 * target / len(matrix)) / known).sqrt()
+    spread = (right / values[:, None]).square().sum(0).sqrt()
+    std = spread[:, None] * noise + _FLOOR * x.abs().amax()
+    residual = float((column.sum() / target.sum()).sqrt())
+    return Solution(x[..., None], std[..., None], residual, condition)
 
 
 def _read(equations: Sequence[LayerEquations]) -> Tensor | None:

@@ -293,11 +293,15 @@ class Walk:
         return None
 
     def gradient(self, operation: Operation) -> Tensor | None:
-        """Return the gradient (O, C, T) of an operation's weight, None where there is none."""
+        """Return the gradient (O, C, T) of an operation's weight, None where there is none.
+
+        That of a Linear layer may be large, and is in its own precision.
+        """
         name = weight_of(operation)
         if name is None or name not in self.gradients or self.trace.uses(name) > 1:
             return None
-        gradient = self.gradients[name]
+        gradient = self.gradients.unwidened(name)
+        gradient = gradient if gradient.dim() == 2 else gradient.double()
         return gradient.reshape(*gradient.shape[:2], -1)
 
     def _solved(self, tensor: int) -> Estimate:

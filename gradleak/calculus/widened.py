@@ -18,6 +18,14 @@ class Widened(Mapping[str, Tensor]):
         tensor = self._tensors[name]
         return tensor.double() if tensor.is_floating_point() else tensor
 
+    def __contains__(self, name: object) -> bool:
+        """Say whether there is a tensor of that name, without widening it."""
+        return name in self._tensors
+
+    def unwidened(self, name: str) -> Tensor:
+        """Return a tensor in its own precision."""
+        return self._tensors[name]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,7 @@ _START_GRID, _START_GREY, _START_SPREAD = 4, 0.5, 0.15
 class Answer:
     """Images (N, 3, H, W) by one method, with their certificate, and how they were found.
 
+    ``labels`` (N, C) are better ones that the images led to, None where the given ones are kept;
     ``estimated`` is between which PSNRs (dB) they are, by the errors of the equations they solve;
     None where nothing tells.
     """
@@ -44,6 +45,7 @@ class Answer:
     match: MatchResult | None = None
     added: Added | None = None
     estimated: tuple[float, float] | None = None
+    labels: Tensor | None = None
 
     def missing(self, numbers: int) -> int:
         """Return how many equations the images' entries lack, given ``numbers`` of a gradient."""
@@ -51,6 +53,30 @@ class Answer:
             return 0  # solved for
         known = numbers if self.fitted is None else self.fitted.equations
         return max(0, self.images.numel() - known)
+
+
+def with_eight_bits(images: Tensor) -> Tensor | None:
+    """Return ``images`` in [0, 1] with exactly 8 bits, None where they are not near that."""
+    levels = images * LEVELS
+    if float((levels - levels.round()).abs().max()) > _OFF_LEVEL:
+        return None
+    return (levels.round() / LEVELS).float()
+
+
+def nearest(method: str, images: Tensor, certify: Callable[[Tensor], GradientResidual]) -> Answer:
+    """Make an answer of ``images`` in [0, 1], which ``certify`` compares by their gradient.
+
+    Most pictures have 8 bits. Where these all but have, they are tried with exactly those. All
+    pixels near a level are no accident: if the gradient agrees, that is the answer; if neither
+    picture's does, the nearer one is.
+    """
+    answers = []
+    for tried in (with_eight_bits(images), images.float()):
+        if tried is not None:
+            answers.append(Answer(method, tried, certify(tried)))
+            if answers[-1].certificate.exact:
+                break
+    return min(answers, key=lambda tried: (not tried.certificate.exact, tried.certificate.relative))
 
 
 @dataclass(frozen=True)
@@ -73,27 +99,14 @@ class Given:
     def answer(self, method: str, inputs: Tensor) -> Answer:
         """Make an answer of what the network takes, ``inputs`` (N, C, H, W).
 
-        Most pictures have 8 bits. Where these all but have, they are tried with exactly those, and
-        the gradient decides.
+        See :func:`nearest`.
         """
         images = denormalise(inputs, *self.normalisation).clamp(0.0, 1.0)
-        answer = Answer(method, images.float(), self.certify(images.float()))
-        rounded = self.rounded(images)
-        if rounded is None:
-            return answer
-        snapped = Answer(method, rounded, self.certify(rounded))
-        return min(answer, snapped, key=lambda tried: tried.certificate.relative)
-
-    def rounded(self, images: Tensor) -> Tensor | None:
-        """Return ``images`` in [0, 1] with exactly 8 bits, None where they are not near that."""
-        levels = images * LEVELS
-        if float((levels - levels.round()).abs().max()) > _OFF_LEVEL:
-            return None
-        return (levels.round() / LEVELS).float()
+        return nearest(method, images, self.certify)
 
     def is_read(self, inputs: Tensor) -> bool:
         """Return whether ``inputs`` are pictures of 8 bits already whose gradient is the given."""
-        rounded = self.rounded(denormalise(inputs, *self.normalisation).clamp(0.0, 1.0))
+        rounded = with_eight_bits(denormalise(inputs, *self.normalisation).clamp(0.0, 1.0))
         return rounded is not None and self.certify(rounded).exact
 
     def without_part(self, images: Tensor) -> int:

@@ -24,7 +24,7 @@ from gradleak.progress import Progress, Step
 from gradleak.reconstruction.matching import match_gradients
 from gradleak.reconstruction.misfits import gradient_misfits
 from gradleak.reconstruction.options import MatchSettings
-from gradleak.stages.answers import Answer, Given
+from gradleak.stages.answers import Answer, Given, with_eight_bits
 from gradleak.stages.contrast import is_blind_to_contrast, with_contrast
 from gradleak.stages.levels import with_levels
 
@@ -174,7 +174,7 @@ def _refined(
     if answer.certificate.exact or answer.certificate.relative > _NEAR:
         return answer
     noise = 0.0 if answer.walk is None else _AS_NOISY * answer.walk.usual
-    if given.rounded(answer.images) is not None and answer.certificate.relative <= noise:
+    if with_eight_bits(answer.images) is not None and answer.certificate.relative <= noise:
         return answer  # a picture of 8 bits that leaves no more than noise has nothing to gain
 
     def note(step: int, squares: float) -> None:

@@ -188,7 +188,8 @@ def _head_feature(
         scale, method = float(scale_from_bias(leading, head.grad_bias)), "bias"
         residual = label_residual(problem, label, scale)
     else:
-        known = scale_of_label(problem, label)
+        with torch.inference_mode():  # of hundreds of small operations, bookkeeping is a fifth
+            known = scale_of_label(problem, label)
         scale, residual, method = known.scale, known.residual, "label"
     if residual > _CONSISTENT and not rank.noisy:
         raise InputError(

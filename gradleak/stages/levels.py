@@ -16,7 +16,7 @@ from torch import Tensor
 from gradleak.calculus.descent import DescentOptions, Residuals, descend
 from gradleak.normalisation import denormalise, normalise
 from gradleak.reconstruction.misfits import gradient_misfits
-from gradleak.stages.answers import LEVELS, Answer, Given
+from gradleak.stages.answers import LEVELS, Answer, Given, with_eight_bits
 
 # A pixel is sure if so many standard errors are less than half a level; of those that were left
 # after a round, the ones this near a level.
@@ -34,7 +34,7 @@ def with_levels(answer: Answer, given: Given, *, seconds: float, seed: int) -> A
     errors of its pixels are not known or too large.
     """
     found = None if answer.walk is None else answer.walk.recovered(0)
-    if found is None or given.rounded(answer.images) is not None:
+    if found is None or with_eight_bits(answer.images) is not None:
         return answer
     _, spread = given.normalisation
     std = found.std * found.std.new_tensor(list(spread)).view(1, -1, 1, 1)

@@ -18,12 +18,14 @@ from gradleak.device import resolve_device
 from gradleak.errors import IncompleteError, InputError, UsageError
 from gradleak.head import parameter_name, with_weights
 from gradleak.models.training import drops_units
+from gradleak.normalisation import normalise
 from gradleak.progress import Progress
 from gradleak.reconstruction.matching import MatchResult
-from gradleak.reconstruction.mlp import check_mlp, image_of_feature
+from gradleak.reconstruction.mlp import check_mlp, images_of_features
 from gradleak.reconstruction.options import MatchSettings
+from gradleak.reconstruction.relabel import labels_of_images
 from gradleak.reconstruction.resimulate import GradientResidual
-from gradleak.stages.answers import Answer, Given
+from gradleak.stages.answers import Answer, Given, nearest, with_eight_bits
 from gradleak.stages.attack import find_images, null_control, twice_differentiable
 from gradleak.stages.feature import BundleLayers
 from gradleak.stages.network import head_feature, input_shape, network_of, normalisation_of
@@ -32,6 +34,8 @@ Verdict = Literal["unique", "ambiguous", "approximate"]
 # Dtypes whose rounding, and noise that a walk met, from which 8-bit values are off.
 _COARSE = {"BF16": "bfloat16", "F16": "float16"}
 _NOISY = 5e-5
+# Labels that the images lead to may differ by this much from those that led to the images.
+_SAME_LABEL = 1e-2
 METHODS = ("auto", "mlp", "embedding", "peel", "fit", "match")
 
 
@@ -90,7 +94,7 @@ def reconstruct(
     norms and the same label and feature. ``progress`` is called with every step of what takes long.
     ``model`` is needed for a network that is not built in: the module itself, or ``module:factory``
     repeated by the user, since a bundle's word for it imports nothing. The image goes to
-    ``image/reconstructed``.
+    ``image/reconstructed``, and labels that a batch's images made better to ``label/soft``.
 
     Raises :class:`IncompleteError` when an earlier stage's answer or the weights are missing,
     :class:`UsageError` for a method that does not apply.
@@ -110,9 +114,8 @@ def reconstruct(
         )
     start = time.perf_counter()
     chosen, sought = settings or MatchSettings(), None
-    if spec.from_image and len(labels) == 1 and method in ("auto", "mlp"):
-        answer = _from_features(full, labels, where)
-    else:
+    answer = _from_features(full, labels, method, where)
+    if answer is None:
         sought = _given(full, model, labels, where)
         with twice_differentiable():
             answer = find_images(method, sought, chosen, seed, progress)
@@ -127,6 +130,10 @@ def reconstruct(
         likewise = "auto" if method == "mlp" else method
         with twice_differentiable():
             noise = null_control(likewise, sought, chosen, seed, progress)
+    found = {IMAGE: answer.images.cpu()}
+    if answer.labels is not None:
+        found[LABEL] = answer.labels.cpu()
+        reason += f"; labels refined by up to {float((answer.labels - labels).abs().max()):.0e}"
     record = StageRecord(
         "reconstruct",
         {"method": answer.method, "matching": None if match is None else asdict(match.options)},
@@ -136,7 +143,7 @@ def reconstruct(
         verdict=verdict,
     )
     return ImageOutcome(
-        bundle=bundle.extended({IMAGE: answer.images.cpu()}, record=record),
+        bundle=bundle.extended(found, record=record),
         images=answer.images,
         verdict=verdict,
         reason=reason,
@@ -230,8 +237,32 @@ def _given(
     )
 
 
-def _from_features(bundle: Bundle, labels: Tensor, device: torch.device) -> Answer:
-    """Read the image off the first layer's feature, and certify it along the chain."""
+def _from_features(
+    bundle: Bundle, labels: Tensor, method: str, device: torch.device
+) -> Answer | None:
+    """Read the images off the first layer's features, None where another method is to find them.
+
+    One sample's are as they are. Those of a batch that are not exact can be refined, by the way
+    that ``auto`` goes on.
+    """
+    one = len(labels) == 1
+    if not bundle.model.from_image or method not in ("auto", "mlp"):
+        return None
+    if one or method == "mlp":
+        return _read_off(bundle, labels, device)
+    try:
+        answer = _read_off(bundle, labels, device)
+    except IncompleteError:
+        return None
+    return answer if answer.certificate.exact else None
+
+
+def _read_off(bundle: Bundle, labels: Tensor, device: torch.device) -> Answer:
+    """Read the images off the first layer's features, and certify them along the chain.
+
+    Images of a batch that all but have 8 bits are tried with exactly those: an error of the labels
+    has passed to them, which they are rid of then, and from them the labels are.
+    """
     spec = bundle.model
     first = spec.layers[0].name
     if FEATURE + first not in bundle:
@@ -239,15 +270,14 @@ def _from_features(bundle: Bundle, labels: Tensor, device: torch.device) -> Answ
             f"the bundle holds no {FEATURE}{first}", "run gradleak recover-feature first"
         )
     mean, std = normalisation_of(spec)
-    feature = bundle.tensor(FEATURE + first, device).double()
+    features = bundle.tensor(FEATURE + first, device).double()
     shape = input_shape(spec)
-    if feature.numel() != shape[0] * shape[1] * shape[2] or len(labels) != 1:
+    if tuple(features.shape) != (len(labels), math.prod(shape)):
         raise InputError(
-            f"{FEATURE}{first} has shape {list(feature.shape)} for one image of {list(shape)}",
+            f"{FEATURE}{first} has shape {list(features.shape)} for {len(labels)} images of "
+            f"{list(shape)}",
             "recover label and feature from this bundle",
         )
-    image = image_of_feature(feature[0], shape, mean, std)
-
     head = GRAD + parameter_name(spec.layers[-1].name, "weight")
     if head in bundle and labels.shape[1] != bundle.info(head).shape[0]:
         raise InputError(
@@ -256,8 +286,25 @@ def _from_features(bundle: Bundle, labels: Tensor, device: torch.device) -> Answ
             "run gradleak recover-label on this bundle",
         )
     read = BundleLayers(bundle, device)
-    certificate = check_mlp(spec.layers, read, image, labels[0], mean, std)
-    if not math.isfinite(certificate.relative + certificate.precision):
+
+    def certify(images: Tensor) -> GradientResidual:
+        return check_mlp(spec.layers, read, images, labels, mean, std)
+
+    images = images_of_features(features, shape, mean, std)
+    rounded = None if len(labels) == 1 else with_eight_bits(images)
+    if rounded is None:
+        answer = Answer("mlp", images.float(), certify(images.float()))
+    else:
+        answer = Answer("mlp", rounded, certify(rounded))
+        if not answer.certificate.exact:
+            inputs = normalise(rounded.double(), mean, std).flatten(1)
+            better = labels_of_images(spec.layers, read, inputs, labels)
+            again = check_mlp(spec.layers, read, rounded, better, mean, std)
+            if again.exact and float((better - labels).abs().max()) <= _SAME_LABEL:
+                answer = Answer("mlp", rounded, again, labels=better)
+            else:
+                answer = nearest("mlp", images, certify)
+    if not math.isfinite(answer.certificate.relative + answer.certificate.precision):
         for layer in spec.layers:  # a NaN or an infinity somewhere: name it
             read.check(layer.name)
-    return Answer("mlp", image, certificate)
+    return answer

@@ -23,6 +23,8 @@ class Linear(Affine):
         self, operation: Operation, delta: Tensor, walk: Walking
     ) -> Mapping[int, Tensor]:
         """Multiply δ by the weight, without the layer's output that autograd would compute."""
+        if operation.inputs[0] == 0:
+            return {}  # nobody asks for that of the image
         name = self.weight(operation)
         if name is None:
             return super().delta_below(operation, delta, walk)
