@@ -18,6 +18,8 @@ from gradleak.softlabels import family_name
 # by all that rounding can come to. True samples leave a tenth to three quarters of the latter;
 # another choice of classes, which the network hardly tells from theirs, was seen to leave 1.3.
 _SIGMAS = 2.0
+# Roundings of float64 that the solver adds.
+_SOLVER = 16.0
 # A label known less precisely than this, in five standard errors, is not determined.
 _DETERMINED = 0.02 / 5.0
 
@@ -85,11 +87,13 @@ def explains(whole: Subspace, solved: Polished) -> bool:
 def _explained(whole: Subspace, solved: Polished) -> float:
     """Return the ‖(1/M) Σ δ_n a_nᵀ − U S‖ that noise and rounding may leave.
 
-    A softmax is rounded relative to p, its difference from a label relative to δ.
+    A softmax is rounded relative to p, its difference from a label relative to δ. Where the
+    gradient has float64, the solver's own arithmetic counts as often again.
     """
+    solver = _SOLVER * torch.finfo(torch.float64).eps
     noise = _SIGMAS**2 * whole.noise**2 * whole.classes * whole.size
-    p = rounding_of(whole, solved.a).square() * whole.probabilities(solved.a).square().sum(1)
-    delta = (2.0 * whole.unit) ** 2 * solved.deltas.square().sum(1)
+    p = (rounding_of(whole, solved.a) + solver).square() * whole.probabilities(solved.a).square().sum(1)
+    delta = (2.0 * whole.unit + solver) ** 2 * solved.deltas.square().sum(1)
     rounding = float(((p + delta) * solved.a.square().sum(1)).sum()) / whole.mass**2
     return math.sqrt(noise + rounding)
 
