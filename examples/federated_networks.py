@@ -16,11 +16,11 @@ from gradleak.images import load_image
 
 SIZE = 32
 CLASSES = ("astronaut", "brick", "coffee", "cat", "flower", "grass", "moon", "rocket", "temple")
-# A client's photographs, as (package, file in it), with their classes.
+# A client's photographs: package, file in it, class.
 _CLIENTS = (
-    ((("", "cat.png"), "cat"), (("skimage", "data/coffee.png"), "coffee")),
-    ((("skimage", "data/astronaut.png"), "astronaut"), (("skimage", "data/moon.png"), "moon")),
-    ((("skimage", "data/rocket.jpg"), "rocket"), (("sklearn", "datasets/images/flower.jpg"), "flower")),
+    (("", "cat.png", "cat"), ("skimage", "data/coffee.png", "coffee")),
+    (("skimage", "data/astronaut.png", "astronaut"), ("skimage", "data/moon.png", "moon")),
+    (("skimage", "data/rocket.jpg", "rocket"), ("sklearn", "datasets/images/flower.jpg", "flower")),
 )
 CLIENTS = len(_CLIENTS)
 
@@ -62,8 +62,8 @@ def initial(network: str, seed: int = 0) -> nn.Module:
 def data_of(client: int, photographs: int = 1) -> tuple[Tensor, Tensor]:
     """Return a client's first ``photographs`` (N, 3, 32, 32) in [0, 1] and their labels (N,)."""
     held = _CLIENTS[client][:photographs]
-    images = torch.stack([load_image(_file(*place), SIZE).pixels for place, _ in held])
-    return images, torch.tensor([CLASSES.index(kind) for _, kind in held])
+    images = torch.stack([load_image(_file(*place), SIZE).pixels for *place, _ in held])
+    return images, torch.tensor([CLASSES.index(kind) for *_, kind in held])
 
 
 def _file(package: str, name: str) -> Path:

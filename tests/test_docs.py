@@ -38,6 +38,8 @@ PIPELINE = (
     "| gradleak reconstruct -o cat-recovered.png",
 )
 WIDTH = "100"
+RUN = ("gradleak ", "python examples/", "cp examples/")
+NEEDED = {"federated.md": ("flwr", "opacus")}
 
 
 def name_of(path: Path) -> str:
@@ -51,9 +53,9 @@ def name_of(path: Path) -> str:
 class Block:
     """A fenced block; ``expected`` is the ``text`` block right behind it, ``code`` its exit code.
 
-    ``sh`` blocks: every line that begins with ``gradleak`` is run. ``python`` blocks: executed, or
+    ``sh`` blocks: every line that begins as one of ``RUN`` is run. ``python`` blocks: executed, or
     saved under the file name that a first line ``# name.py`` gives. The blocks of a document run in
-    order, in one folder that holds cat.png, and share one Python namespace. Where the last command
+    order, in one folder that holds cat.png and examples/, and share one Python namespace. Where the last command
     ends with another exit code than 0, ``<!-- exit code N -->`` stands above the block.
     """
 
@@ -78,7 +80,7 @@ def blocks_of(document: Path) -> list[Block]:
 def run_block(block: Block, folder: Path, names: dict[str, object]) -> str:
     """Run one block and return what it printed, errors included."""
     if block.kind == "sh":
-        lines = [x for x in block.text.splitlines() if x.startswith("gradleak ")]
+        lines = [x for x in block.text.splitlines() if x.startswith(RUN)]
         codes = [*(0 for _ in lines[1:]), block.code]
         return "".join(run_line(x, n, folder) for x, n in zip(lines, codes, strict=False))
     if block.kind == "python":
@@ -93,7 +95,7 @@ def run_block(block: Block, folder: Path, names: dict[str, object]) -> str:
 
 
 def run_line(line: str, code: int, folder: Path) -> str:
-    if "|" in line:
+    if "|" in line or not line.startswith("gradleak "):
         done = run_shell(line, folder)
     else:  # no process of its own: importing torch would take longer than most commands
         done = run_cli(*shlex.split(line, comments=True)[1:], cwd=folder)
@@ -117,9 +119,12 @@ def without_numbers(line: str) -> str:
 def test_what_a_document_shows_happens(
     document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for package in NEEDED.get(document.name, ()):
+        pytest.importorskip(package)
     monkeypatch.setenv("COLUMNS", WIDTH)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cat.png").write_bytes(CAT.read_bytes())
+    (tmp_path / "examples").symlink_to(CAT.parent)
     names: dict[str, object] = {"__name__": "__main__"}
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)

@@ -81,7 +81,8 @@ def reconstruct(
 ) -> ImageOutcome:
     """Reconstruct the image behind a gradient bundle whose label has been recovered.
 
-    ``method`` ``mlp`` reads the image off the first Linear layer's feature (exact); ``embedding``
+    ``method`` ``mlp`` reads the image off the first Linear layer's feature (exact; where the
+    features stop above it, ``auto`` goes on to the others); ``embedding``
     off the gradient of a transformer's position embedding (exact for one sample); ``peel`` walks
     down through the layers' gradients (exact where it gets through); ``fit`` fits the image to the
     lowest maps that the walk recovered; ``match`` optimises the image until its gradient matches;
@@ -110,7 +111,8 @@ def reconstruct(
         )
     start = time.perf_counter()
     chosen, sought = settings or MatchSettings(), None
-    if spec.from_image and len(labels) == 1 and method in ("auto", "mlp"):
+    read_off = method == "mlp" or (method == "auto" and not _stopped_above(full))
+    if spec.from_image and len(labels) == 1 and read_off:
         answer = _from_features(full, labels, where)
     else:
         sought = _given(full, model, labels, where)
@@ -228,6 +230,13 @@ def _given(
         normalisation=normalisation_of(spec),
         head=spec.head,
     )
+
+
+def _stopped_above(bundle: Bundle) -> bool:
+    """Return whether features were recovered, and not down to the first layer's."""
+    layers = bundle.model.layers
+    held = [FEATURE + layer.name in bundle for layer in layers]
+    return bool(held) and held[-1] and not held[0]
 
 
 def _from_features(bundle: Bundle, labels: Tensor, device: torch.device) -> Answer:
