@@ -133,7 +133,9 @@ def attack(cell: Cell, case: int, outcomes: Outcomes, compare: bool, limit: floa
     """Attack one client's update, and enter what came of it."""
     before, after, images, classes = update(cell, case)
     truth = F.one_hot(classes, CLASSES).double()
-    bundle = gradleak.Bundle.from_update(before, after, cell.lr, local_steps=cell.steps)
+    bundle = gradleak.Bundle.from_update(
+        before, after, cell.lr, local_steps=cell.steps, example=images[:1]
+    )
     start = time.perf_counter()
     outcomes.tried += 1
     try:

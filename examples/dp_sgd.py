@@ -33,7 +33,6 @@ from gradleak.reconstruction.options import MatchSettings
 
 NOISES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 DELTA, CLIENT = 1e-5, 0
-MATCHING = MatchSettings(steps=150)
 RECOGNISABLE = 20.0  # dB
 
 
@@ -91,8 +90,15 @@ def attack(network: str, noise: float, clip: float) -> Attacked:
         return Attacked(noise, epsilon, found.verdict, "none", False, math.nan, images.numel())
     k = int(found.labels[0].argmax())
     label = f"{CLASSES[k]} {float(found.labels[0, k]):.3f}, {found.verdict}"
-    featured = gradleak.recover_feature(outcome.bundle)
-    picture = gradleak.reconstruct(featured.bundle, model=initial(network), settings=MATCHING)
+    featured = gradleak.recover_feature(outcome.bundle).bundle
+    # Where noise stops an MLP's features above the first layer, matching is what is left, soonest.
+    reached = f"feature/{featured.model.layers[0].name}" in featured
+    picture = gradleak.reconstruct(
+        featured,
+        model=initial(network),
+        method="auto" if reached else "match",
+        settings=MatchSettings(steps=150),
+    )
     quality = float(psnr(picture.images.double(), images.double())[0])
     differing = int(pixels_that_differ(picture.images, images)[0])
     return Attacked(

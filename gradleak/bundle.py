@@ -134,9 +134,10 @@ class Bundle:
 
         The gradient is (before − after) / (lr · local_steps): of one step the gradient, to the
         weights' rounding over ``lr``; of several the mean of gradients at weights that moved, and
-        the bundle's weights are those in their middle (:func:`middle_weights`). Give ``before`` as a module, and head, layers and input
-        shape are recorded, as :meth:`from_gradients` does; of a state dict they are not. Raises
-        :class:`InputError` where the two are not of one network, or nothing changed.
+        the bundle's weights are those in their middle (:func:`middle_weights`). Give ``before`` as
+        a module, and head, layers and input shape are recorded, as :meth:`from_gradients` does; of
+        a state dict they are not. Raises :class:`InputError` where the two are not of one network,
+        or nothing changed.
         """
         from gradleak.updates import middle_weights, update_gradient
 

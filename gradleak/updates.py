@@ -40,9 +40,10 @@ def update_gradient(
     """Return (before − after) / (lr · local_steps) of two state dicts.
 
     Of one step that is the gradient, of several the mean of the gradients at the weights passed,
-    which is best taken for a gradient at :func:`middle_weights`. It is exact but for the rounding of the weights: half a unit in the last place of each, divided by
-    ``lr``. Raises :class:`InputError` where the state dicts are not of one network, nothing
-    changed, or ``lr`` or ``local_steps`` are not positive.
+    which is best taken for a gradient at :func:`middle_weights`. It is exact but for the rounding
+    of the weights: half a unit in the last place of each, divided by ``lr``. Raises
+    :class:`InputError` where the state dicts are not of one network, nothing changed, or ``lr`` or
+    ``local_steps`` are not positive.
     """
     if not (math.isfinite(lr) and lr > 0.0):
         raise InputError(f"a learning rate of {lr}", "give the client's own, above 0")

@@ -55,8 +55,8 @@ class Block:
 
     ``sh`` blocks: every line that begins as one of ``RUN`` is run. ``python`` blocks: executed, or
     saved under the file name that a first line ``# name.py`` gives. The blocks of a document run in
-    order, in one folder that holds cat.png and examples/, and share one Python namespace. Where the last command
-    ends with another exit code than 0, ``<!-- exit code N -->`` stands above the block.
+    order, in one folder that holds cat.png and examples/, and share one Python namespace. Where the
+    last command ends with an exit code other than 0, ``<!-- exit code N -->`` stands above it.
     """
 
     kind: str
@@ -96,7 +96,7 @@ def run_block(block: Block, folder: Path, names: dict[str, object]) -> str:
 
 def run_line(line: str, code: int, folder: Path) -> str:
     if "|" in line or not line.startswith("gradleak "):
-        done = run_shell(line, folder)
+        done = run_shell(line, folder, timeout=600)
     else:  # no process of its own: importing torch would take longer than most commands
         done = run_cli(*shlex.split(line, comments=True)[1:], cwd=folder)
     assert done.code == code, f"{line}\nexit code {done.code}\n{done.err}"

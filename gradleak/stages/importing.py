@@ -59,7 +59,8 @@ def import_gradients(
 
     Files are .pt, .pth, .bin, .npz or .safetensors (see :func:`read_step`); no pickled code is run.
     Of two checkpoints the gradient is (before − after) / (``lr`` · ``local_steps``), see
-    :func:`update_gradient`, and the weights are those of :func:`middle_weights`; an ``lr`` of "unknown" leaves the loss scale open. ``model`` is the
+    :func:`update_gradient`, and the weights are those of :func:`middle_weights`; an ``lr`` of
+    "unknown" leaves the loss scale open. ``model`` is the
     network or its name; with it head, Linear layers and input shape are recorded, for pictures of
     ``size`` pixels. ``spec`` adds classes, options, mean, std or head. ``given`` and ``ordered``
     are as in :func:`match`. Raises :class:`InputError` for files that do not fit together and
