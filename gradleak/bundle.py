@@ -133,12 +133,13 @@ class Bundle:
         """Make a bundle of a client's update: its weights ``before`` and ``after`` plain SGD.
 
         The gradient is (before − after) / (lr · local_steps): of one step the gradient, to the
-        weights' rounding over ``lr``; of several the mean of gradients at weights that moved, which
-        is right to first order in ``lr``. Give ``before`` as a module, and head, layers and input
-        shape are recorded, as :meth:`from_gradients` does; of a state dict they are not. Raises
-        :class:`InputError` where the two are not of one network, or nothing changed.
+        weights' rounding over ``lr``; of several the mean of gradients at weights that moved, and
+        the bundle's weights are those in their middle (:func:`middle_weights`). Give ``before`` as
+        a module, and head, layers and input shape are recorded, as :meth:`from_gradients` does; of
+        a state dict they are not. Raises :class:`InputError` where the two are not of one network,
+        or nothing changed.
         """
-        from gradleak.updates import update_gradient
+        from gradleak.updates import middle_weights, update_gradient
 
         old = before if isinstance(before, Mapping) else before.state_dict()
         new = after if isinstance(after, Mapping) else after.state_dict()
@@ -152,8 +153,13 @@ class Bundle:
             made = cls.from_gradients(
                 before, update.gradients, example=example, spec=spec, batch_size=batch_size
             )
+        moved = {
+            PARAM + name: tensor.detach().cpu().contiguous()
+            for name, tensor in middle_weights(old, new, local_steps).items()
+            if local_steps > 1 and name not in update.buffers
+        }
         return made.extended(
-            record=StageRecord("import", told), metadata={"update": json.dumps(told)}
+            moved, record=StageRecord("import", told), metadata={"update": json.dumps(told)}
         )
 
     @classmethod
@@ -188,6 +194,13 @@ class Bundle:
         """Number of samples, if whoever wrote the bundle knew."""
         value = self._json("batch_size")
         return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    @property
+    def local_steps(self) -> int:
+        """Number of a client's steps whose mean gradient this is, 1 unless an import says so."""
+        update = self._json("update")
+        steps = update.get("local_steps") if isinstance(update, dict) else None
+        return steps if isinstance(steps, int) and not isinstance(steps, bool) else 1
 
     def require_softmax_loss(self, *, scaled: bool = False) -> None:
         """Raise :class:`InputError` if the metadata name a loss that no attack here applies to.

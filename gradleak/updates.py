@@ -39,10 +39,11 @@ def update_gradient(
 ) -> Update:
     """Return (before − after) / (lr · local_steps) of two state dicts.
 
-    Of one step that is the gradient, of several the mean of the gradients at the weights passed. It
-    is exact but for the rounding of the weights: half a unit in the last place of each, divided by
-    ``lr``. Raises :class:`InputError` where the state dicts are not of one network, nothing
-    changed, or ``lr`` or ``local_steps`` are not positive.
+    Of one step that is the gradient, of several the mean of the gradients at the weights passed,
+    which is best taken for a gradient at :func:`middle_weights`. It is exact but for the rounding
+    of the weights: half a unit in the last place of each, divided by ``lr``. Raises
+    :class:`InputError` where the state dicts are not of one network, nothing changed, or ``lr`` or
+    ``local_steps`` are not positive.
     """
     if not (math.isfinite(lr) and lr > 0.0):
         raise InputError(f"a learning rate of {lr}", "give the client's own, above 0")
@@ -69,6 +70,25 @@ def update_gradient(
     if not gradients:
         raise InputError("the weights before and after are the same", "give those of two moments")
     return Update(gradients, tuple(unchanged), tuple(buffers), math.sqrt(error / size))
+
+
+def middle_weights(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], local_steps: int
+) -> dict[str, Tensor]:
+    """Return the weights halfway between the first and the last that a gradient was taken at.
+
+    Of K steps the gradients are those at the weights after 0 to K − 1 of them. Their mean is the
+    gradient at the mean of those weights up to second order in the learning rate (to first order
+    the steps are equal), if every step saw the same samples; at ``before`` it is so to first order
+    alone. Of one step these are the weights ``before``; what is no parameter stays.
+    """
+    share = (local_steps - 1) / (2 * local_steps)
+    return {
+        name: old
+        if is_buffer(name, old) or share == 0.0
+        else (old.double() + share * (after[name].double() - old.double())).to(old.dtype)
+        for name, old in before.items()
+    }
 
 
 def _check_same(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:

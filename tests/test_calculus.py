@@ -15,6 +15,7 @@ from gradleak.calculus.gates import GatedLayer, read_gate, read_sign, settle
 from gradleak.calculus.layer import layer_of
 from gradleak.calculus.logits import rounded_delta
 from gradleak.calculus.pooled import pooled_gate
+from gradleak.calculus.solve import LayerEquations, solve_input
 from gradleak.calculus.trace import trace
 from gradleak.calculus.walk import walk_down
 from gradleak.calculus.window import Window
@@ -440,3 +441,9 @@ def test_places_that_no_window_reads_do_not_hide_the_others() -> None:
     assert not bool(found.known[..., 16:, :].any())
     assert float((found.value - images)[..., :16, :16].abs().max()) < 1e-4
     assert bool(found.std[..., 16:].isinf().all())
+
+
+def test_a_layer_whose_units_are_all_closed_determines_nothing() -> None:
+    """No equation is left where noise closes every unit; that is an answer, and no crash."""
+    closed = LayerEquations(Window.of_linear(), torch.zeros(1, 6, 1), torch.ones(6, 4, 1))
+    assert not solve_input([closed], 1e-7).determined

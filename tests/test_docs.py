@@ -38,6 +38,8 @@ PIPELINE = (
     "| gradleak reconstruct -o cat-recovered.png",
 )
 WIDTH = "100"
+RUN = ("gradleak ", "python examples/", "cp examples/")
+NEEDED = {"federated.md": ("flwr", "opacus")}
 
 
 def name_of(path: Path) -> str:
@@ -51,11 +53,11 @@ def name_of(path: Path) -> str:
 class Block:
     """A fenced block; ``expected`` is the ``text`` block right behind it, ``code`` its exit code.
 
-    ``sh`` blocks: every line that begins with ``gradleak`` is run, and with ``python`` and a file
-    that the document has saved. ``python`` blocks: executed, or saved under the file name that a
-    first line ``# name.py`` gives. The blocks of a document run in
-    order, in one folder that holds cat.png, and share one Python namespace. Where the last command
-    ends with another exit code than 0, ``<!-- exit code N -->`` stands above the block.
+    ``sh`` blocks: every line that begins as one of ``RUN`` is run, and ``python`` with a file that
+    the document has saved. ``python`` blocks: executed, or saved under the file name that a first
+    line ``# name.py`` gives. The blocks of a document run in order, in one folder that holds
+    cat.png and examples/, and share one Python namespace. Where the last command ends with an exit
+    code other than 0, ``<!-- exit code N -->`` stands above it.
     """
 
     kind: str
@@ -95,16 +97,15 @@ def run_block(block: Block, folder: Path, names: dict[str, object]) -> str:
 
 def is_run(line: str, folder: Path) -> bool:
     words = line.split()
-    return line.startswith("gradleak ") or (
-        len(words) > 1 and words[0] == "python" and (folder / words[1]).exists()
-    )
+    saved = len(words) > 1 and words[0] == "python" and (folder / words[1]).exists()
+    return saved or line.startswith(RUN)
 
 
 def run_line(line: str, code: int, folder: Path) -> str:
-    if line.startswith("python "):
-        done = run_command([sys.executable, *shlex.split(line)[1:]], cwd=folder)
-    elif "|" in line:
-        done = run_shell(line, folder)
+    if line.startswith("python ") and "|" not in line:
+        done = run_command([sys.executable, *shlex.split(line)[1:]], cwd=folder, timeout=600)
+    elif "|" in line or not line.startswith("gradleak "):
+        done = run_shell(line, folder, timeout=600)
     else:  # no process of its own: importing torch would take longer than most commands
         done = run_cli(*shlex.split(line, comments=True)[1:], cwd=folder)
     assert done.code == code, f"{line}\nexit code {done.code}\n{done.err}"
@@ -128,10 +129,13 @@ def without_numbers(line: str) -> str:
 def test_what_a_document_shows_happens(
     document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for package in NEEDED.get(document.name, ()):
+        pytest.importorskip(package)
     monkeypatch.setenv("COLUMNS", WIDTH)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # as for a python that is started there
     (tmp_path / "cat.png").write_bytes(CAT.read_bytes())
+    (tmp_path / "examples").symlink_to(CAT.parent)
     names: dict[str, object] = {"__name__": "__main__"}
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)

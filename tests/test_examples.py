@@ -50,7 +50,7 @@ def test_own_training_step_runs_as_its_readme_says(tmp_path: Path) -> None:
     done = run_command([sys.executable, str(script), str(photo), "out.png"], cwd=tmp_path)
     assert (done.code, done.err) == (0, "")
     (shown,) = re.findall(r"```text\n(label .*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    shown = shown.replace("recovered.png", "out.png").replace("photo.jpg", "coffee.png")
+    shown = shown.replace("recovered.png", "out.png").replace("cat.png", "coffee.png")
     # Errors and residuals are those of the machine, and so is which of two is the larger; every
     # other number is the same everywhere.
     rounding = re.compile(r"\d\.?\d*e-\d\d(, in body\.\d)?")

@@ -287,6 +287,41 @@ def test_several_steps_are_told_to_be_a_mean(step: Step) -> None:
     assert "the mean of 2 gradients at weights that moved" in done.err
 
 
+def test_a_mean_over_steps_is_taken_for_a_gradient_in_their_middle(step: Step) -> None:
+    """The weights halfway leave an error of second order; those before, one of first order."""
+    before = {name: t.clone() for name, t in step.model.state_dict().items()}
+    errors = []
+    for lr in (1e-3, 5e-4):
+        step.model.load_state_dict(before)
+        bundle = Bundle.from_update(before, trained(step, lr, steps=3), lr, local_steps=3)
+        at_middle, at_first = build_model("lenet"), build_model("lenet")
+        at_middle.load_state_dict(bundle.tensors("param/"))
+        at_first.load_state_dict(before)
+        row = []
+        for model in (at_first, at_middle):
+            F.cross_entropy(model(step.image), torch.tensor([LABEL])).backward()
+            gaps = [
+                (bundle.tensor(f"grad/{name}") - p.grad).double().square().sum()
+                for name, p in model.named_parameters()
+            ]
+            row.append(float(torch.stack(gaps).sum().sqrt()))
+        errors.append(row)
+    (first, middle), (half_first, half_middle) = errors
+    assert first / half_first == pytest.approx(2.0, rel=0.15)
+    assert middle / half_middle == pytest.approx(4.0, rel=0.15)
+    assert middle < 0.1 * first
+
+
+def test_no_label_of_a_mean_over_steps_is_called_unique(step: Step) -> None:
+    after = step.saved(trained(step, 1e-3, steps=2), "after.pt")
+    imported = import_gradients(before=step.weights, after=after, lr=1e-3, local_steps=2)
+    found = gradleak.recover_label(imported.bundle, batch_size=1).result
+    assert found.verdict == "ambiguous"
+    assert "a mean over 2 steps" in found.reason
+    assert found.labels is not None
+    assert float(found.labels[0, LABEL]) == pytest.approx(1.0, abs=2e-3)
+
+
 def test_an_unknown_learning_rate_leaves_the_loss_scale_open(step: Step) -> None:
     after = step.saved(trained(step, 0.05), "after.pt")
     imported = import_gradients(before=step.weights, after=after, lr="unknown")

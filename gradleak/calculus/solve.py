@@ -113,7 +113,7 @@ def solve_input(equations: Sequence[LayerEquations], precision: float) -> Soluti
     normal = matrix.mT @ matrix
     values, vectors = torch.linalg.eigh(normal)
     condition = float((values[-1] / values[0].clamp(min=1e-300)).sqrt())
-    if not condition < _SINGULAR:
+    if not (float(values[-1]) > 0.0 and condition < _SINGULAR):  # all units closed: no equation
         return _undetermined(samples, channels, first.window.places, matrix)
 
     def inverse(right: Tensor) -> Tensor:

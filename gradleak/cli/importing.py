@@ -64,7 +64,7 @@ def command(
             min=1,
             metavar="K",
             help="Steps between the two, from 1: the gradient is then the mean of K, at weights "
-            "that moved, and right to first order in the learning rate.",
+            "that moved, and right to second order in the learning rate.",
             rich_help_panel=UPDATE,
         ),
     ] = 1,

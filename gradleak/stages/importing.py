@@ -19,7 +19,7 @@ from gradleak.models.build import is_own
 from gradleak.models.recording import channels_of, recorded
 from gradleak.models.spec import ModelSpec
 from gradleak.stages.network import bare_network
-from gradleak.updates import Update, is_buffer, update_gradient
+from gradleak.updates import Update, is_buffer, middle_weights, update_gradient
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ def import_gradients(
 
     Files are .pt, .pth, .bin, .npz or .safetensors (see :func:`read_step`); no pickled code is run.
     Of two checkpoints the gradient is (before − after) / (``lr`` · ``local_steps``), see
-    :func:`update_gradient`; an ``lr`` of "unknown" leaves the loss scale open. ``model`` is the
+    :func:`update_gradient`, and the weights are those of :func:`middle_weights`; an ``lr`` of
+    "unknown" leaves the loss scale open. ``model`` is the
     network or its name; with it head, Linear layers and input shape are recorded, for pictures of
     ``size`` pixels. ``spec`` adds classes, options, mean, std or head. ``given`` and ``ordered``
     are as in :func:`match`. Raises :class:`InputError` for files that do not fit together and
@@ -88,6 +89,8 @@ def import_gradients(
         rate = 1.0 if lr is None or isinstance(lr, str) else lr
         update = update_gradient(state.tensors, later.tensors, rate, local_steps=local_steps)
         found = Match(update.gradients, state.guesses, ())
+        middle = middle_weights(state.tensors, later.tensors, local_steps)
+        state = replace(state, tensors=middle)
     else:
         assert step.gradients is not None
         found = _match_gradients(step.gradients, state_shapes, buffers, given, ordered)
@@ -215,7 +218,7 @@ def _notes(state: Match | None, update: Update | None, local_steps: int) -> list
         notes.append(f"{len(update.unchanged)} parameters did not change and have no gradient here")
     if local_steps > 1:
         notes.append(
-            f"the mean of {local_steps} gradients at weights that moved: right to first order in "
-            "the learning rate"
+            f"the mean of {local_steps} gradients at weights that moved, taken for one at the "
+            "weights in their middle: right to second order in the learning rate"
         )
     return notes

@@ -363,6 +363,9 @@ def _outcome(item: _Taken, result: LabelResult | GradleakError, attack: _Attack)
     if isinstance(result, GradleakError):
         raise result
     bundle, head, decay = item.bundle, item.head, item.decay
+    if bundle.local_steps > 1 and result.verdict == "unique":
+        why = f"but the gradient is a mean over {bundle.local_steps} steps, whose drift no ± covers"
+        result = replace(result, verdict="ambiguous", reason=f"{result.reason}; {why}")
     record = StageRecord(
         "recover-label",
         {**attack.arguments, "head": head.name},

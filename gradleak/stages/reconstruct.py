@@ -85,7 +85,8 @@ def reconstruct(
 ) -> ImageOutcome:
     """Reconstruct the image behind a gradient bundle whose label has been recovered.
 
-    ``method`` ``mlp`` reads the image off the first Linear layer's feature (exact); ``embedding``
+    ``method`` ``mlp`` reads the image off the first Linear layer's feature (exact; where the
+    features stop above it, ``auto`` goes on to the others); ``embedding``
     off the gradient of a transformer's position embedding (exact for one sample); ``peel`` walks
     down through the layers' gradients (exact where it gets through); ``fit`` fits the image to the
     lowest maps that the walk recovered; ``match`` optimises the image until its gradient matches;
@@ -242,19 +243,28 @@ def _from_features(
 ) -> Answer | None:
     """Read the images off the first layer's features, None where another method is to find them.
 
-    One sample's are as they are. Those of a batch that are not exact can be refined, by the way
-    that ``auto`` goes on.
+    One sample's are as they are, unless the features stop above. Those of a batch that are not
+    exact can be refined, by the way that ``auto`` goes on.
     """
     one = len(labels) == 1
     if not bundle.model.from_image or method not in ("auto", "mlp"):
         return None
-    if one or method == "mlp":
+    if method == "mlp" or (one and not _stopped_above(bundle)):
         return _read_off(bundle, labels, device)
+    if one:
+        return None
     try:
         answer = _read_off(bundle, labels, device)
     except IncompleteError:
         return None
     return answer if answer.certificate.exact else None
+
+
+def _stopped_above(bundle: Bundle) -> bool:
+    """Return whether features were recovered, and not down to the first layer's."""
+    layers = bundle.model.layers
+    held = [FEATURE + layer.name in bundle for layer in layers]
+    return bool(held) and held[-1] and not held[0]
 
 
 def _read_off(bundle: Bundle, labels: Tensor, device: torch.device) -> Answer:

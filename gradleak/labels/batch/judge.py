@@ -92,7 +92,9 @@ def _explained(whole: Subspace, solved: Polished) -> float:
     """
     solver = _SOLVER * torch.finfo(torch.float64).eps
     noise = _SIGMAS**2 * whole.noise**2 * whole.classes * whole.size
-    p = (rounding_of(whole, solved.a) + solver).square() * whole.probabilities(solved.a).square().sum(1)
+    p = (rounding_of(whole, solved.a) + solver).square() * whole.probabilities(
+        solved.a
+    ).square().sum(1)
     delta = (2.0 * whole.unit + solver) ** 2 * solved.deltas.square().sum(1)
     rounding = float(((p + delta) * solved.a.square().sum(1)).sum()) / whole.mass**2
     return math.sqrt(noise + rounding)
