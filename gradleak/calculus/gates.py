@@ -22,6 +22,8 @@ from gradleak.calculus.window import Window
 # standard deviations, count as closed, and those between the two other factors are in doubt.
 _CLOSED, _DOUBT_FROM, _DOUBT_TO = 1.5, 0.7, 15.0
 _LEAST_NOISE = 4.0
+# Between noise and signal nothing may lie for this factor, or more; then the edge is there.
+_GAP = 5.0
 # Share of the output channels that may be left out: all that are to spare, within bounds.
 _SPARE, _FEWEST, _MOST = 1.3, 0.02, 0.5
 # A channel whose residual is that many times the median's has a mistake, unless it is no more than
@@ -54,8 +56,24 @@ def read_gate(value: Tensor, std: Tensor) -> Gate:
     edge = _CLOSED * max(float((-ratio).amax()), _LEAST_NOISE)
     certain = ratio >= _DOUBT_TO / _CLOSED * edge
     doubt = (ratio > _DOUBT_FROM / _CLOSED * edge) & ~certain
+    edge = _in_the_gap(ratio[doubt], ratio[certain], edge)
     order = (ratio[doubt] / edge).log().abs().argsort()
     return Gate(ratio > edge, certain, doubt.nonzero()[order])
+
+
+def _in_the_gap(doubtful: Tensor, certain: Tensor, edge: float) -> float:
+    """Return the middle of the widest gap above ``edge``, if it is wide: noise has none.
+
+    What is below zero need not show the largest of the noise.
+    """
+    above = doubtful[doubtful > edge].sort().values
+    last = certain.min()[None] if len(certain) else above.new_full((1,), _DOUBT_TO * edge)
+    points = torch.cat([above.new_full((1,), edge), above, last])
+    gaps = points[1:] / points[:-1]
+    widest = int(gaps.argmax())
+    if float(gaps[widest]) < _GAP:
+        return edge
+    return float((points[widest] * points[widest + 1]).sqrt())
 
 
 def read_sign(value: Tensor, std: Tensor) -> Gate:
