@@ -40,6 +40,7 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/label_counts.py
 	$(BIN)/python benchmarks/labels_noise.py
 	$(BIN)/python benchmarks/labels_batch.py
+	$(BIN)/python benchmarks/fedavg.py
 	$(BIN)/python benchmarks/train_networks.py
 	$(BIN)/python benchmarks/images.py
 
