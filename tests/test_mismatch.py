@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_cli
-from photographs import crops
+from photographs import centre, crops
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -268,3 +268,24 @@ def test_the_last_layer_alone_by_hand_gives_label_and_feature(tmp_path: Path) ->
     assert labelled.result.samples[0].classes == (6,)
     found = gradleak.recover_feature(labelled.bundle).layers[0].features
     assert (found - feature.double()).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("smooth", [0.0, 0.1])
+def test_a_clipped_gradient_with_noise_is_recognised_as_one(smooth: float) -> None:
+    """What noise leaves of the misfit of a wrong factor is still more than a family explains."""
+    model = build_model("lenet", seed=1)
+    label = soft_label([(3, 1.0)], 10, smooth)[None]
+    captured = gradleak.capture(model, centre("chelsea", 32), label)
+    dice = torch.Generator().manual_seed(1)
+    changed = {}
+    for name in captured.bundle.names("grad/"):
+        gradient = 0.27 * captured.bundle.tensor(f"grad/{name}")
+        size = gradient.square().mean().sqrt()
+        changed[f"grad/{name}"] = gradient + 1e-2 * size * torch.randn(
+            gradient.shape, generator=dice
+        )
+    found = gradleak.recover_label(captured.bundle.extended(changed)).result
+    (sample,) = found.samples
+    assert sample.classes == (3,)
+    assert sample.loss_scale == pytest.approx(0.27, rel=0.05)
+    assert abs(sample.weights[0] - float(label.max())) < 0.02

@@ -155,7 +155,7 @@ def _recover(
     with torch.inference_mode():
         leading = leading_triple(gradient)
         ranks = ranks_of(gradient, leading, noise_std=options.noise_std)
-        if options.batch_size == 1:
+        if 1 in (options.batch_size, options.recorded_size):
             ranks = [as_one_sample(rank, leading, b) for b, rank in enumerate(ranks)]
         sums = column_sums(gradient, leading, ranks)
         found = _without_sample(leading, ranks, sums)
