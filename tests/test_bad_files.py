@@ -176,7 +176,7 @@ def test_pickled_code_is_not_run(lenet: Path, tmp_path: Path) -> None:
 
 
 def test_weights_that_are_none(lenet: Path, tmp_path: Path) -> None:
-    refuse_label(lenet, "cannot be read", "--weights", tmp_path / "missing.pth")
+    refuse_label(lenet, "there is no file", "--weights", tmp_path / "missing.pth")
     refuse_label(lenet, "is no weights file", "--weights", CAT)
     torch.save([1, 2], tmp_path / "list.pth")
     refuse_label(lenet, "holds no state dict", "--weights", tmp_path / "list.pth")

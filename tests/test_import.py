@@ -212,7 +212,7 @@ def test_what_cannot_be_imported_is_refused_in_one_line(step: Step, case: str) -
 
 def test_object_arrays_are_not_unpickled(step: Step) -> None:
     np.savez(step.folder / "g.npz", a=np.array([object()], dtype=object))
-    with pytest.raises(InputError, match="pickled code, which is not run"):
+    with pytest.raises(InputError, match="arrays of Python objects, which need pickled code"):
         import_gradients(step.folder / "g.npz", weights=step.weights)
 
 
@@ -415,3 +415,26 @@ def test_own_networks_take_arguments(step: Step, monkeypatch: pytest.MonkeyPatch
     assert other.code == 3
     assert "[9, 768] in the bundle and [7, 768] in the network" in other.line
     sys.modules.pop("own_net", None)
+
+
+def test_gradients_that_are_not_there_or_not_finite_are_refused(tmp_path: Path) -> None:
+    network = build_model("lenet")
+    torch.save(network.state_dict(), tmp_path / "net.pt")
+    gradients = {name: torch.ones_like(p) for name, p in network.named_parameters()}
+    gradients["fc.bias"][2] = torch.nan
+    torch.save(gradients, tmp_path / "nan.pt")
+    torch.save({}, tmp_path / "empty.pt")
+    content = (tmp_path / "net.pt").read_bytes()
+    (tmp_path / "short.pt").write_bytes(content[: len(content) // 2])
+    out = tmp_path / "g.safetensors"
+    for name, line in {
+        "nan.pt": "the gradient of fc.bias in {path} holds NaN",
+        "empty.pt": "{path} holds no gradient; save them after loss.backward()",
+        "short.pt": "{path} is cut short or damaged; copy it again",
+        "nope.pt": "there is no file {path}; check the name",
+    }.items():
+        path = tmp_path / name
+        done = run_cli("import", path, "--weights", tmp_path / "net.pt", "-o", out)
+        assert done.code == 3
+        assert line.format(path=path) in done.line
+        assert not out.exists()

@@ -512,7 +512,7 @@ def test_pickled_code_is_not_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
 def test_a_broken_or_missing_weights_file_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="there is no file"):
         load_weights(trained(), path)
     state = trained().state_dict()
     if name == "w.pth":
@@ -521,7 +521,7 @@ def test_a_broken_or_missing_weights_file_is_refused(tmp_path: Path, name: str) 
         save_file(state, path)
     for content in (path.read_bytes()[:1000], b"hello, this is text", b""):
         path.write_bytes(content)
-        with pytest.raises(InputError, match="cannot be read") as caught:
+        with pytest.raises(InputError, match=r"cannot be read|is cut short or damaged") as caught:
             load_weights(trained(), path)
         assert "\n" not in str(caught.value)
 

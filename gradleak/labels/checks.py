@@ -54,5 +54,5 @@ def not_softmax(share: float) -> InputError:
     return InputError(
         f"the columns of the head gradient sum to {share:.2g} of its size over the classes instead "
         "of zero, so it is not a softmax cross-entropy gradient",
-        "check the loss and the head (--head NAME)",
+        "check the loss and the head (--head NAME), and whether it was pruned or quantised",
     )

@@ -191,7 +191,7 @@ def _recover(
                 progress=progress,
             )
             found[b] = replace(result, column_sums=sums[b][0])
-        elif options.recognise and is_doubtful(found[b]):
+        elif options.recognise and is_doubtful(found[b], noisy=rank.noisy):
             (free,) = _recover(
                 gradient[b, None],
                 weight if weight.dim() == 2 else weight[b, None],
@@ -200,7 +200,7 @@ def _recover(
                 replace(options, loss_scale=None, recognise=False),
                 progress,
             )
-            found[b] = with_recognised_scale(found[b], free)
+            found[b] = with_recognised_scale(found[b], free, noisy=rank.noisy)
     return [found[b] for b in range(len(ranks))]
 
 

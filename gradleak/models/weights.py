@@ -3,6 +3,7 @@
 No pickled code is run.
 """
 
+import errno
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -78,15 +79,26 @@ def read_saved(path: Path | str) -> object:
         raise InputError(f"{path} is no weights file", f"give one of {', '.join(readers)}")
     try:
         return readers[path.suffix](path)
-    except (pickle.UnpicklingError, _PickledArrayError) as error:
+    except FileNotFoundError as error:
+        raise InputError(f"there is no file {path}", "check the name") from error
+    except _PickledArrayError as error:
+        raise InputError(
+            f"{path} holds arrays of Python objects, which need pickled code to be read",
+            "save arrays of numbers alone, with numpy.savez(path, *gradients)",
+        ) from error
+    except pickle.UnpicklingError as error:
         raise InputError(
             f"{path} is damaged or holds pickled code, which is not run",
             "save tensors alone, with torch.save(model.state_dict(), path), "
             "torch.save([p.grad for p in model.parameters()], path) or as safetensors",
         ) from error
     except Exception as error:  # a file of anything makes the readers fail in any way
+        reason = one_line(error)
+        # torch reads what is no archive as its older format, and the end of a short one nowhere.
+        if "zip archive" in reason or getattr(error, "errno", None) == errno.EINVAL:
+            raise InputError(f"{path} is cut short or damaged", "copy it again") from error
         raise InputError(
-            f"{path} cannot be read ({one_line(error)})", "give a complete weights file"
+            f"{path} cannot be read ({reason})", "give a complete file of tensors"
         ) from error
 
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gradleak.bundle import BUFFER, GRAD, LOSS, PARAM, Bundle, StageRecord
 from gradleak.errors import InputError, UsageError
@@ -94,6 +95,8 @@ def import_gradients(
     else:
         assert step.gradients is not None
         found = _match_gradients(step.gradients, state_shapes, buffers, given, ordered)
+    source = gradients if gradients is not None else after
+    _check_gradients(found.tensors, source)
     parameters = [name for name in state_shapes if name not in buffers]
     tensors = {GRAD + name: tensor for name, tensor in found.tensors.items()}
     for name, tensor in (state.tensors if state else {}).items():
@@ -120,6 +123,21 @@ def import_gradients(
         tuple(notes),
         seconds,
     )
+
+
+def _check_gradients(gradients: Mapping[str, Tensor], source: Path | str | None) -> None:
+    """Raise :class:`InputError` where there is no gradient at all, or one that is not finite."""
+    if not gradients:
+        raise InputError(
+            f"{source} holds no gradient",
+            "save them after loss.backward(), before they are set to None",
+        )
+    for name, gradient in gradients.items():
+        if not bool(torch.isfinite(gradient).all()):
+            kind = "NaN" if bool(torch.isnan(gradient).any()) else "infinity"
+            raise InputError(
+                f"the gradient of {name} in {source} holds {kind}", "save another step"
+            )
 
 
 def _read(
