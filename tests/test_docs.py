@@ -164,7 +164,8 @@ def test_every_command_in_the_documents_stands_where_it_is_run() -> None:
 
 def test_readme_sets_up_what_the_makefile_sets_up() -> None:
     installs = re.compile(
-        r"pip install(?: --quiet)? (-c constraints\.txt (?:torch|-e \S+))(?: && touch .venv/ready)?$",
+        r"pip install(?: --quiet)? (-c constraints\.txt (?:torch|-e \S+))"
+        r"(?: && touch .venv/ready)?$",
         re.MULTILINE,
     )
     readme, makefile = README.read_text(), (ROOT / "Makefile").read_text()
