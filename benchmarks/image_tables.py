@@ -96,7 +96,8 @@ def tables(size: Size) -> list[Table]:
         _resnet18_batches(size),
         _resnet18_large(size),
         _others(size),
-        _noise(size),
+        _noise("noise", "ResNet-18", (nets.RESNET18, nets.CIFAR), size),
+        _noise("noise-lenet", "LeNet", (nets.LENET,), size),
         _sensitivity(size),
     ]
 
@@ -194,7 +195,7 @@ def _others(size: Size) -> Table:
     return Table("others", "A LeNet with ReLUs, a ConvNet without skips, AlexNet", rows, factor=1.0)
 
 
-def _noise(size: Size) -> Table:
+def _noise(key: str, what: str, networks: Sequence[Network], size: Size) -> Table:
     def row(
         net: Network, what: str, asked: str, good: Callable[[Outcome], bool], **change: float | str
     ) -> Row:
@@ -204,7 +205,7 @@ def _noise(size: Size) -> Table:
     exact, near = ("no 8-bit value differs", same_pixels), ("≥ 40 dB", at_least(40.0))
     rest = ("no worse than matching in the same time", no_worse_than_matching)
     rows = []
-    for net in (nets.RESNET18, nets.CIFAR, nets.LENET):
+    for net in networks:
         for level in LEVELS:
             asked, good = exact if level <= 1e-5 else near if level <= 1e-4 else rest
             rows.append(row(net, f"noise {level:.0e}", asked, good, noise=level))
@@ -215,7 +216,8 @@ def _noise(size: Size) -> Table:
         "root mean square of that tensor; or gradients rounded to half precision. The attack is "
         "not told.",
     )
-    return Table("noise", "Images from noisy and rounded gradients, 32×32", rows, notes, factor=1.0)
+    title = f"Images from noisy and rounded gradients through {what}, 32×32"
+    return Table(key, title, rows, notes, factor=1.0)
 
 
 def _sensitivity(size: Size) -> Table:
