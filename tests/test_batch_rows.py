@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -14,7 +15,7 @@ import gradleak
 from gradleak.labels.options import LabelOptions
 from gradleak.labels.single import recover_single
 from gradleak.labels.verdict import LabelResult
-from gradleak.softlabels import soft_label
+from gradleak.softlabels import FAMILIES, Family, soft_label
 
 CLASSES, WIDTH = 100, 192
 
@@ -24,7 +25,12 @@ def features(count: int) -> Tensor:
 
 
 def attacked(
-    labels: Tensor, x: Tensor, *, biased: bool = True, counted: bool = False
+    labels: Tensor,
+    x: Tensor,
+    *,
+    biased: bool = True,
+    counted: bool = False,
+    families: Sequence[Family] = FAMILIES,
 ) -> LabelResult:
     weight = torch.zeros(CLASSES, WIDTH, requires_grad=True)
     bias = torch.zeros(CLASSES, requires_grad=True)
@@ -35,7 +41,7 @@ def attacked(
         weight.detach(),
         bias=bias.detach(),
         grad_bias=grads[1] if biased else None,
-        options=LabelOptions(batch_size=len(labels) if counted else None),
+        options=LabelOptions(families=families, batch_size=len(labels) if counted else None),
     )
 
 
@@ -43,16 +49,20 @@ def rows(*pairs: tuple[int, float]) -> Tensor:
     return torch.stack([soft_label([(k, 1.0)], CLASSES, smooth) for k, smooth in pairs])
 
 
-@pytest.mark.parametrize("smooth", [0.0, 0.1])
-def test_samples_of_different_classes_come_back_exactly(smooth: float) -> None:
-    labels, x = rows(*((7 * n + 2, smooth) for n in range(8))), features(8)
-    found = attacked(labels, x)
+def check_exact(found: LabelResult, labels: Tensor, x: Tensor) -> None:
     assert (found.verdict, found.method) == ("unique", "rows")
     assert found.labels is not None
     assert found.features is not None
     order = torch.cdist(labels.double(), found.labels).argmin(1)
     assert (found.labels[order] - labels).abs().max() < 1e-5
     assert (found.features[order] - x.double()).norm() < 1e-5 * x.norm()
+
+
+@pytest.mark.parametrize("smooth", [0.0, 0.1])
+def test_samples_of_different_classes_come_back_exactly(smooth: float) -> None:
+    labels, x = rows(*((7 * n + 2, smooth) for n in range(8))), features(8)
+    found = attacked(labels, x)
+    check_exact(found, labels, x)
 
 
 def test_hard_and_smooth_labels_are_told_apart() -> None:
@@ -63,6 +73,14 @@ def test_hard_and_smooth_labels_are_told_apart() -> None:
         ("smooth", (9,)),
         ("hard", (50,)),
     ]
+
+
+def test_a_family_that_was_not_asked_for_is_not_given() -> None:
+    labels = rows((3, 0.0), (9, 0.2), (50, 0.0))
+    hard = tuple(family for family in FAMILIES if family.name == "hard")
+    found = attacked(labels, features(3), families=hard)
+    assert {s.family for s in found.samples} <= {"hard"}
+    assert found.verdict != "unique"
 
 
 def test_mixed_labels_come_back_exactly() -> None:
@@ -92,12 +110,7 @@ def test_a_class_of_a_hard_and_of_a_mixed_label_is_shared_out() -> None:
     x = features(4)
     assert attacked(labels, x).verdict != "unique"  # of five samples two could be of class 3
     found = attacked(labels, x, counted=True)
-    assert (found.verdict, found.method) == ("unique", "rows")
-    assert found.labels is not None
-    assert found.features is not None
-    order = torch.cdist(labels.double(), found.labels).argmin(1)
-    assert (found.labels[order] - labels).abs().max() < 1e-5
-    assert (found.features[order] - x.double()).norm() < 1e-5 * x.norm()
+    check_exact(found, labels, x)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -26,7 +26,7 @@ MODULES = (capture, label, feature, reconstruct, score, inspect)
     ("command", "line"),
     [
         ("unknown", "No such command 'unknown'; see gradleak --help"),
-        ("inspect --unknown", "--unknown"),
+        ("inspect --unknown", "; see gradleak inspect --help"),
         ("capture --image a.png", "Missing option '--model'; see gradleak capture --help"),
         ("capture --model nothing --image a.png", "unknown model 'nothing'; use one of fcn4, "),
         ("capture --model a:b --image a.png", "cannot import 'a:b'"),

@@ -65,7 +65,10 @@ def recover_batch(
         )
         read = _read(whole, counted=options.counted)
         if read is not None:
-            return _owned(_result(grad_weight, whole, read, rank, "rows"))
+            result = _result(grad_weight, whole, read, rank, "rows")
+            asked = {family.name for family in options.families}
+            if {sample.family for sample in result.samples} <= asked:
+                return _owned(result)
         families = [family for family in options.families if family.support <= _LARGEST_SUPPORT]
         dice = torch.Generator(device=grad_weight.device).manual_seed(options.seed)
         whole, found = _first_round(whole, families, dice)
