@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gradleak.labels.batch.closed import solve_closed
 from gradleak.labels.batch.joint import solve_jointly
 from gradleak.labels.batch.judge import describe, explains, incomplete, judge, residual_of
 from gradleak.labels.batch.polish import STEPS, Labels, polish
@@ -63,14 +64,15 @@ def recover_batch(
             samples=samples,
             loss_scale=options.loss_scale or 1.0,
         )
-        read = _read(whole, counted=options.counted)
-        if read is not None:
-            result = _result(grad_weight, whole, read, rank, "rows")
-            asked = {family.name for family in options.families}
-            if {sample.family for sample in result.samples} <= asked:
-                return _owned(result)
-        families = [family for family in options.families if family.support <= _LARGEST_SUPPORT]
         dice = torch.Generator(device=grad_weight.device).manual_seed(options.seed)
+        asked = {family.name for family in options.families}
+        for method, solve in _DIRECT.items():
+            direct = solve(whole, options, progress)
+            if direct is not None:
+                result = _result(grad_weight, whole, direct, rank, method)
+                if {sample.family for sample in result.samples} <= asked:
+                    return _owned(result)
+        families = [family for family in options.families if family.support <= _LARGEST_SUPPORT]
         whole, found = _first_round(whole, families, dice)
         jointly = complete(whole, found, families, dice)
         if jointly is None:
@@ -96,15 +98,29 @@ def _owned(result: LabelResult) -> LabelResult:
         return replace(result, labels=result.labels.clone(), features=result.features.clone())
 
 
-def _read(whole: Subspace, *, counted: bool) -> tuple[Tensor, Labels] | None:
+def _read(
+    whole: Subspace, options: LabelOptions, progress: Progress | None
+) -> tuple[Tensor, Labels] | None:
     """Return coordinates and labels as the rows tell them, if they explain the gradient."""
-    for read in read_rows(whole, counted=counted):
+    for read in read_rows(whole, counted=options.counted):
         pruned = prune(whole, *read)
         solved = polish(whole, *pruned)
         inside = float(solved.labels.dense().min()) > -_OUTSIDE
         if inside and solved.freedom > 0 and explains(whole, solved):
             return pruned
     return None
+
+
+def _from_moments(
+    whole: Subspace, options: LabelOptions, progress: Progress | None
+) -> tuple[Tensor, Labels] | None:
+    """Return coordinates and labels as the moments of the batch tell them, if they do."""
+    found = solve_closed(whole, torch.Generator().manual_seed(options.seed), progress)
+    return None if found is None else prune(whole, *found)
+
+
+# What needs no search among samples, and is tried first.
+_DIRECT = {"rows": _read, "moments": _from_moments}
 
 
 def _first_round(
