@@ -12,30 +12,26 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradleak.calculus.added import image_below_added
-from gradleak.calculus.descent import DescentOptions, descend
 from gradleak.calculus.fit import fit_image
 from gradleak.calculus.prior import smoothest_image
 from gradleak.calculus.remaining import RemainingNetwork
 from gradleak.calculus.trace import trace
 from gradleak.calculus.walk import Walk, walk_down
 from gradleak.errors import IncompleteError, UsageError
-from gradleak.normalisation import normalise
 from gradleak.progress import Progress, Step
 from gradleak.reconstruction.matching import match_gradients
-from gradleak.reconstruction.misfits import gradient_misfits
 from gradleak.reconstruction.options import MatchSettings
-from gradleak.stages.answers import Answer, Given, with_eight_bits
+from gradleak.stages.answers import Answer, Given
 from gradleak.stages.contrast import is_blind_to_contrast, with_contrast
 from gradleak.stages.levels import with_levels
+from gradleak.stages.refining import noise_of, refined
 
 # An image whose gradient misses the given one by more is worth a try of matching.
 _FAR = 1e-2
 # A fit whose gradient misses more, and more than noise explains, is one of many, or a wrong one.
 _UNEXPLAINED = 1e-3
-# An answer whose gradient is that near is refined against the gradient itself.
-_NEAR = 0.3
-_REFINING = DescentOptions(steps=20, inner=60, damping=1e-6)
-# The gradient of a finished picture leaves as many times the noise that the maps show, at most.
+_MORE_THAN_NOISE = 1.5
+# An answer is finished where its gradient leaves as many times the noise that the maps show.
 _AS_NOISY = 4.0
 # Share of the time limit that it has in any case.
 _REFINING_SHARE = 0.25
@@ -71,10 +67,15 @@ def find_images(
         except (IncompleteError, UsageError):  # a network that cannot be traced can be matched
             if method != "auto":
                 raise
-    near = any(answer.certificate.relative <= _FAR for answer in answers)
-    if method in ("auto", "match") and not near:
+    if method in ("auto", "match") and not any(_is_near(answer, given) for answer in answers):
         answers.append(_by_matching(given, settings, seed, progress))
     return min(answers, key=lambda answer: answer.certificate.relative)
+
+
+def _is_near(answer: Answer, given: Given) -> bool:
+    """Return whether an answer's gradient is near enough, or as near as noise lets it be."""
+    noise = noise_of(answer, given) or 0.0
+    return answer.certificate.relative <= max(_FAR, _MORE_THAN_NOISE * noise)
 
 
 def _by_embedding(given: Given) -> Answer:
@@ -115,7 +116,7 @@ def _by_walk(
         answer = replace(
             given.answer("peel", walk.image), walk=walk, estimated=_estimated(walk, given)
         )
-        answer = _refined(answer, given, _rest(limit, start), seed, progress)
+        answer = refined(answer, given, _rest(limit, start), seed, progress)
         if answer.certificate.exact or answer.certificate.relative > _FAR:
             return answer
         return with_levels(answer, given, seconds=_rest(limit, start), seed=seed)
@@ -149,47 +150,19 @@ def _by_walk(
         )
         best = min(best, given.answer("fit", smooth), key=lambda a: a.certificate.relative)
     best = replace(best, walk=walk, fitted=fitted)
-    best = _refined(best, given, _rest(limit, start), seed, progress)
+    best = refined(best, given, _rest(limit, start), seed, progress)
     if is_blind_to_contrast(given.network) and best.certificate.relative <= _FAR:
         best = with_contrast(best, given, _refined_by(seed, progress), seconds=limit)
     return best
 
 
 def _refined_by(seed: int, progress: Progress | None) -> Callable[[Answer, Given, float], Answer]:
-    return lambda answer, given, seconds: _refined(answer, given, seconds, seed, progress)
+    return lambda answer, given, seconds: refined(answer, given, seconds, seed, progress)
 
 
 def _rest(limit: float, start: float) -> float:
     """Return the seconds that refining may take, of a search that began at ``start``."""
     return max(limit - (time.monotonic() - start), _REFINING_SHARE * limit)
-
-
-def _refined(
-    answer: Answer, given: Given, seconds: float, seed: int, progress: Progress | None
-) -> Answer:
-    """Descend from an answer that is near on all gradients, and keep what fits them better.
-
-    The walk takes each layer's equations once, with the errors of the layers above in them.
-    """
-    if answer.certificate.exact or answer.certificate.relative > _NEAR:
-        return answer
-    noise = 0.0 if answer.walk is None else _AS_NOISY * answer.walk.usual
-    if with_eight_bits(answer.images) is not None and answer.certificate.relative <= noise:
-        return answer  # a picture of 8 bits that leaves no more than noise has nothing to gain
-
-    def note(step: int, squares: float) -> None:
-        if progress is not None:
-            progress(Step("refining", step, _REFINING.steps, squares))
-
-    misfits = gradient_misfits(given.network, given.gradients, given.labels)
-    start = normalise(answer.images.double(), *given.normalisation)
-    dice = torch.Generator(device=start.device).manual_seed(seed)
-    options = replace(_REFINING, seconds=seconds)
-    found = descend(misfits, start, options, generator=dice, progress=note)
-    better = given.answer(answer.method, found.x)
-    if better.certificate.relative >= answer.certificate.relative:
-        return answer
-    return replace(answer, images=better.images, certificate=better.certificate, estimated=None)
 
 
 def _estimated(walk: Walk, given: Given) -> tuple[float, float] | None:

@@ -23,6 +23,8 @@ from gradleak.stages.answers import LEVELS, Answer, Given, with_eight_bits
 _SIGMAS, _NEAR_LEVEL = 5.0, 0.25
 # Where fewer are sure, there is nothing to begin with.
 _ENOUGH = 0.5
+# The right picture leaves all of the noise; the likeliest image, which has fitted some, a part.
+_FITTED = 1.25
 _ROUNDS = 4
 _DESCENT = DescentOptions(steps=6, inner=60, damping=1e-6)
 
@@ -34,8 +36,11 @@ def with_levels(answer: Answer, given: Given, *, seconds: float, seed: int) -> A
     errors of its pixels are not known or too large.
     """
     found = None if answer.walk is None else answer.walk.recovered(0)
-    if found is None or with_eight_bits(answer.images) is not None:
+    if found is None:
         return answer
+    rounded = with_eight_bits(answer.images)
+    if rounded is not None:
+        return _if_near(answer, rounded, given)
     _, spread = given.normalisation
     std = found.std * found.std.new_tensor(list(spread)).view(1, -1, 1, 1)
     sure = _SIGMAS * std * LEVELS < 0.5
@@ -53,9 +58,13 @@ def with_levels(answer: Answer, given: Given, *, seconds: float, seed: int) -> A
         sure = sure | ((levels - levels.round()).abs() < _NEAR_LEVEL)
         if time.monotonic() > ends:
             break
-    images = (levels.round().clamp(0.0, LEVELS) / LEVELS).float()
+    return _if_near(answer, (levels.round().clamp(0.0, LEVELS) / LEVELS).float(), given)
+
+
+def _if_near(answer: Answer, images: Tensor, given: Given) -> Answer:
+    """Return the answer with ``images`` of 8 bits if their gradient is as near as noise allows."""
     certificate = given.certify(images)
-    if certificate.relative > answer.certificate.relative:
+    if certificate.relative > _FITTED * answer.certificate.relative:
         return answer
     return replace(answer, images=images, certificate=certificate)
 
