@@ -9,7 +9,7 @@ from photographs import crops
 import gradleak
 from gradleak.models.build import build_model
 from gradleak.reconstruction.options import MatchSettings
-from gradleak.stages import attack
+from gradleak.stages import attack, refining
 
 
 def noisy(level: float) -> tuple[gradleak.Bundle, torch.Tensor]:
@@ -49,3 +49,21 @@ def test_where_no_pixel_is_sure_nothing_is_rounded() -> None:
     levels = found * 255
     assert float((levels - levels.round()).abs().max()) > 0.3
     assert float((found - image).abs().max()) < 0.5
+
+
+def test_the_likeliest_image_is_nearer_than_the_one_that_fits_the_noise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bundle, image = noisy(3e-2)
+    likeliest = (reconstructed(bundle) - image).square().mean()
+    monkeypatch.setattr(refining, "noise_of", lambda answer, given: None)
+    fitted = (reconstructed(bundle) - image).square().mean()
+    assert likeliest < 0.5 * fitted  # 3 dB
+
+
+def test_what_was_done_to_a_noisy_picture_is_said() -> None:
+    bundle, _ = noisy(3.5e-4)
+    model = build_model("lenet", classes=10, size=16, seed=2)
+    found = gradleak.reconstruct(bundle, model=model, settings=MatchSettings(time_limit=20.0))
+    assert "likeliest under the noise" in found.reason
+    assert "set to levels of 8 bits" in found.reason

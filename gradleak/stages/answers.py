@@ -33,6 +33,7 @@ class Answer:
     """Images (N, 3, H, W) by one method, with their certificate, and how they were found.
 
     ``labels`` (N, C) are better ones that the images led to, None where the given ones are kept;
+    ``after`` says what was done to the images once they were found;
     ``estimated`` is between which PSNRs (dB) they are, by the errors of the equations they solve;
     None where nothing tells.
     """
@@ -46,6 +47,7 @@ class Answer:
     added: Added | None = None
     estimated: tuple[float, float] | None = None
     labels: Tensor | None = None
+    after: tuple[str, ...] = ()
 
     def missing(self, numbers: int) -> int:
         """Return how many equations the images' entries lack, given ``numbers`` of a gradient."""

@@ -118,8 +118,7 @@ def recover_feature(
             for linear in layers:
                 read.check(linear.name)
     else:
-        samples, peeling = _batch_features(layer, label, rank, options, layers, read)
-        method = "subspace"
+        samples, peeling, method = _batch_features(layer, label, rank, options, layers, read)
     seconds = time.perf_counter() - start
     verdict, reason = _verdict(bundle, peeling, len(layers))
     record = StageRecord(
@@ -208,8 +207,8 @@ def _batch_features(
     options: LabelOptions,
     layers: tuple[LinearLayer, ...],
     read: BundleLayers,
-) -> tuple[int, Peeling]:
-    """Return the number of samples behind a batch's gradient, and the layers' inputs."""
+) -> tuple[int, Peeling, str]:
+    """Return the number of samples behind a batch's gradient, the layers' inputs, and how found."""
     found = features_of_labels(
         head.grad_weight,
         head.weight,
@@ -221,11 +220,12 @@ def _batch_features(
     )
     peeled = PeeledLayer(head.name, found.features, found.residual)
     if len(layers) == 1:
-        return found.samples, Peeling((peeled,), None)
+        return found.samples, Peeling((peeled,), None), found.method
     if len(labels) < found.samples:
-        return found.samples, Peeling((peeled,), f"{layers[-2].name}: samples are missing")
+        short = f"{layers[-2].name}: samples are missing"
+        return found.samples, Peeling((peeled,), short), found.method
     below = _below(layers, read, labels, found.features)
-    return found.samples, Peeling((peeled, *below.layers), below.stopped)
+    return found.samples, Peeling((peeled, *below.layers), below.stopped), found.method
 
 
 def _below(

@@ -66,7 +66,8 @@ def _if_near(answer: Answer, images: Tensor, given: Given) -> Answer:
     certificate = given.certify(images)
     if certificate.relative > _FITTED * answer.certificate.relative:
         return answer
-    return replace(answer, images=images, certificate=certificate)
+    after = (*answer.after, "set to levels of 8 bits")
+    return replace(answer, images=images, certificate=certificate, after=after)
 
 
 def _met(misfits: Residuals, fixed: Tensor, free: Tensor, seconds: float, seed: int) -> Tensor:

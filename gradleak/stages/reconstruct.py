@@ -125,6 +125,7 @@ def reconstruct(
     sought = sought or (_given(full, model, labels, where) if control else None)
     coarse = _coarse(full)
     verdict, reason = _judge(answer, sought, coarse)
+    reason = "; ".join([reason, *answer.after])
     noise = None
     if control:
         assert sought is not None

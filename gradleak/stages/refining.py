@@ -64,7 +64,14 @@ def refined(
     better = given.answer(answer.method, found.x)
     if noise is None and better.certificate.relative >= answer.certificate.relative:
         return answer
-    return replace(answer, images=better.images, certificate=better.certificate, estimated=None)
+    how = "refined on all gradients" if noise is None else "made the likeliest under the noise"
+    return replace(
+        answer,
+        images=better.images,
+        certificate=better.certificate,
+        estimated=None,
+        after=(*answer.after, how),
+    )
 
 
 def noise_of(answer: Answer, given: Given) -> float | None:

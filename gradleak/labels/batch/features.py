@@ -21,12 +21,14 @@ _AGAIN = "run gradleak recover-label on this bundle"
 class BatchFeatures:
     """The head's inputs ``features`` (M, D) float64, of M labels out of ``samples`` = N.
 
-    ``residual`` is that of the head gradient re-simulated from the samples, relative.
+    ``residual`` is that of the head gradient re-simulated from the samples, relative; ``method``
+    how they were found.
     """
 
     features: Tensor
     samples: int
     residual: float
+    method: str
 
 
 def features_of_labels(
@@ -70,7 +72,7 @@ def features_of_labels(
     if apart > _CONSISTENT:
         raise InputError(f"the labels miss those of the head gradient by {apart:.2g}", _AGAIN)
     features = found.features[order.to(found.features.device)]
-    return BatchFeatures(features, found.batch_size, found.residual)
+    return BatchFeatures(features, found.batch_size, found.residual, found.method)
 
 
 def _assign(labels: Tensor, found: Tensor) -> Tensor:
