@@ -1,8 +1,8 @@
 """A batch solved from the closed form of its moments, where the softmax hardly bends (§4).
 
 The moments say which labels there may be; the samples follow as the orthonormal set that is nearest
-to them, and all are polished together. Where samples share a class the rest is a search, a step at
-a time: turn some against one another, polish, and keep what leaves less of the gradient.
+to them, and all are polished together. Where samples share a class they are turned against one
+another, and polished again, as long as that leaves less of the gradient.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from gradleak.labels.batch.moments import Moments, moments_of
 from gradleak.labels.batch.polish import Labels, Polished, labels_of, polish
 from gradleak.labels.batch.structures import Part, structures
 from gradleak.labels.batch.subspace import Subspace
-from gradleak.labels.batch.turning import Turner
+from gradleak.labels.batch.turning import turned
 
 _FIRST_STEPS, _STEPS = 40, 25
 # What the samples may leave of the gradient, in what its precision explains: to be taken at once,
-# to be taken at all, and what a turn must gain.
-_SURE, _NEAR, _GAIN = 0.45, 10.0, 0.9
-_TURNS, _MOVES = 8, 12
+# to be taken at all, and to be turned no further; and what a turn must gain.
+_SURE, _NEAR, _FINE, _GAIN = 0.45, 10.0, 0.2, 0.9
+_TURNS = 8
 # Directions in which nothing is known are drawn: the size of the draw.
 _DRAWN = 0.01
 # Operations that all polishes together may take, and how many polishes at least and at most.
@@ -92,28 +92,17 @@ class _Search:
     def climb(self, parts: list[Part]) -> None:
         """Polish a batch of these labels, then turn its samples while that helps."""
         state = self._polished(self._placed(parts), parts, _FIRST_STEPS)
-        for _ in range(_MOVES):
-            after = None if self.over else self._turned(state)
-            if after is None:
+        for _ in range(_TURNS):
+            if self.spent >= self.budget or state.excess < _FINE:
+                return
+            labelled = self.moments.labelled
+            turn = turned(self.whole, labelled, state.solved, state.parts, self.dice)
+            if turn is None:
+                return
+            after = self._polished(*turn, _STEPS)
+            if not after.excess < _GAIN * state.excess:
                 return
             state = after
-
-    def _turned(self, state: _State) -> _State | None:
-        """Return the first of the best turns that leaves less of the gradient, polished."""
-        turns = Turner(
-            self.whole, self.moments.labelled, state.solved, state.parts, self.dice
-        ).best()
-        for turn in turns[:_TURNS]:
-            a, parts = state.solved.a.clone(), list(state.parts)
-            a[turn.rows] = turn.a
-            for row, part in zip(turn.rows, turn.parts, strict=True):
-                parts[row] = part
-            after = self._polished(a, parts, _STEPS)
-            if after.excess < _GAIN * state.excess:
-                return after
-            if self.over:
-                return None
-        return None
 
     def _placed(self, parts: list[Part]) -> Tensor:
         """Return (N, n) the coordinates nearest to the moments' rows; some are drawn."""

@@ -1,175 +1,165 @@
-"""Samples of one class turned against one another: what their moments leave open (ALGORITHMS §4).
+"""Samples that share a class turned against one another: what moments leave open (ALGORITHMS §4).
 
-Two labels of class k add w_1 a_1 + w_2 a_2 to its row and a_1 a_1ᵀ + a_2 a_2ᵀ to the second moment.
-Both stay as they are when the pair turns in its plane, with weights that are its projections on the
-row; or when all directions that no row tells are turned; or when a pair becomes one sample and
-another sample two. To first order nothing else tells these apart; the gradient itself does.
+Samples as they are made orthonormal can be turned in all directions that the rows of their labels'
+classes do not tell, and the rows and the second moment stay as they are; so they do if two labels
+of one class turn in their plane, their weights the projections on their row. To first order nothing
+else tells these apart. The gradient does: every direction of U lies in the span of the deltas, and
+those with the smallest singular values are the differences of deltas that are nearly parallel. They
+depend on nothing but the turn, once the other samples are known; so the turns are drawn by the
+hundred, and the best of them varied less and less.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gradleak.labels.batch.polish import Polished
-from gradleak.labels.batch.structures import Part, alone
+from gradleak.labels.batch.structures import Part
 from gradleak.labels.batch.subspace import Subspace
 
-_ANGLES, _SPINS = 48, 64
-# A weight of a pair is no less than this, and how much more than one rounding makes it.
-_SMALLEST, _FULL = 0.05, 1.02
+# Draws at first; how many are kept, and varied how often; in so many generations, each so much
+# narrower than the one before, in radians.
+_FIRST, _KEPT, _EACH, _GENERATIONS = 1024, 16, 16, 10
+_WIDE, _WIDTH, _NARROWER = 2.0, 0.5, 0.7
 # A direction of the samples is told by the rows if they have this part of the largest along it.
 _TOLD, _TINY = 1e-6, 1e-14
-# Of the turns of one kind, so many are kept.
-_KEPT = 2
+# What a weight outside its bounds costs, beside a share of U that is not in the span of the deltas.
+_SMALLEST, _OUTSIDE = 0.03, 10.0
 
 
-@dataclass(frozen=True)
-class Turn:
-    """Another choice of a few samples: ``rows``, their coordinates ``a`` (k, n), their labels.
+def turned(
+    whole: Subspace, labelled: Tensor, solved: Polished, parts: list[Part], dice: torch.Generator
+) -> tuple[Tensor, list[Part]] | None:
+    """Return coordinates (N, n) and labels turned so that the deltas span U best.
 
-    ``misfit`` is what the whole batch then leaves of the gradient.
+    ``solved`` are all samples as they were polished, ``parts`` their labels on the ``labelled``
+    classes. None where no turn is open.
     """
+    turning = _Turning(whole, labelled, solved, parts)
+    if not turning.open:
+        return None
+    turns, angles = turning.drawn(_FIRST, _WIDE, dice)
+    turns[::2, :, 0] *= -1.0
+    misfits = turning.misfits(turns, angles)
+    width = _WIDTH
+    for _ in range(_GENERATIONS):
+        best = misfits.argsort()[:_KEPT]
+        kept, kept_angles, kept_misfits = turns[best], angles[best], misfits[best]
+        more, by = turning.drawn(len(best) * _EACH, width, dice)
+        more = more @ kept.repeat(_EACH, 1, 1)
+        by = by + kept_angles.repeat(_EACH, 1)
+        turns, angles = torch.cat([kept, more]), torch.cat([kept_angles, by])
+        misfits = torch.cat([kept_misfits, turning.misfits(more, by)])
+        width *= _NARROWER
+    best = misfits.argmin()[None]
+    return turning.taken(turns[best], angles[best])
 
-    misfit: float
-    rows: list[int]
-    a: Tensor
-    parts: list[Part]
 
-
-@dataclass(frozen=True)
-class _Pair:
-    """Two samples (rows) of class ``place``: the direction ``along`` its row and that ``across``.
-
-    ``size`` is √(w_1² + w_2²).
-    """
-
-    place: int
-    rows: list[int]
-    along: Tensor
-    across: Tensor
-    size: float
-
-
-class Turner:
-    """The turns of one state of a batch: its samples' coordinates, and what they leave."""
+class _Turning:
+    """The turns of a batch: of its k untold directions (k, k), and of its pairs (p angles)."""
 
     def __init__(
-        self,
-        whole: Subspace,
-        labelled: Tensor,
-        solved: Polished,
-        parts: list[Part],
-        dice: torch.Generator,
+        self, whole: Subspace, labelled: Tensor, solved: Polished, parts: list[Part]
     ) -> None:
-        """Take the samples as they are ``solved`` and described by ``parts``."""
-        self.whole, self.labelled, self.parts, self.dice = whole, labelled, parts, dice
-        self.labels = solved.labels.dense()
+        self.whole, self.parts = whole, parts
         white = solved.a / whole.values
         squares, turn = torch.linalg.eigh(white.T @ white)
         root = squares.clamp(min=_TINY * float(squares[-1])).sqrt()
         self.root = (turn * root) @ turn.T
         self.samples = white @ ((turn / root) @ turn.T)
-        self.each = self._added(solved.a, self.labels)
-        self.left = self.each.sum(0) - whole.left * whole.values
-        self.turns: list[Turn] = []
-
-    def best(self) -> list[Turn]:
-        """Return the turns, those that leave least of the gradient first."""
-        rows: dict[int, list[int]] = {}
-        for row, part in enumerate(self.parts):
-            if len(part.places) == 1:
-                rows.setdefault(part.places[0], []).append(row)
-        pairs = [self._pair(k, each) for k, each in rows.items() if len(each) == 2]
-        others = [(k, each[0]) for k, each in rows.items() if len(each) == 1]
-        for pair in pairs:
-            self._keep(pair.rows, self._turned(pair.place, pair.along, pair.across, pair.size))
-            for k, row in others:
-                self._keep([*pair.rows, row], self._moved(pair, k, row))
-        self._spun()
-        return sorted(self.turns, key=lambda turn: turn.misfit)
-
-    def _added(self, a: Tensor, labels: Tensor) -> Tensor:
-        """Return (..., C, n) what samples (..., n) with ``labels`` (..., C) add to U S."""
-        delta = self.whole.probabilities(a) - labels
-        return delta[..., :, None] * a[..., None, :] / self.whole.mass
-
-    def _pair(self, place: int, rows: list[int]) -> _Pair:
-        w = [self.parts[row].weights[0] for row in rows]
-        size = math.hypot(*w)
-        first, second = self.samples[rows[0]], self.samples[rows[1]]
-        along = (w[0] * first + w[1] * second) / size
-        across = (w[1] * first - w[0] * second) / size
-        return _Pair(place, rows, along, across, size)
-
-    def _turned(
-        self, place: int, along: Tensor, across: Tensor, size: float
-    ) -> list[tuple[Tensor, list[Part]]]:
-        """Return pairs in the plane of ``along`` and ``across``, with the row ``size`` · along."""
-        found = []
-        angles = [(math.pi * (step / _ANGLES - 0.5), False) for step in range(_ANGLES)]
-        if size > 1.0:  # one of them may be hard
-            angles += [(sign * math.acos(1.0 / size), True) for sign in (1.0, -1.0)]
-        for angle, hard in angles:
-            other = angle - math.copysign(math.pi / 2.0, angle)
-            weights = (size * math.cos(angle), size * math.cos(other))
-            if min(weights) < _SMALLEST or max(weights) > _FULL:
-                continue
-            samples = [math.cos(t) * along + math.sin(t) * across for t in (angle, other)]
-            parts = [
-                alone(place, w) if hard else Part((place,), (min(w, 1.0),), True) for w in weights
-            ]
-            found.append((torch.stack(samples), parts))
-        return found
-
-    def _moved(self, pair: _Pair, place: int, row: int) -> list[tuple[Tensor, list[Part]]]:
-        """Return the pair as one sample, and the sample ``row`` of class ``place`` as a pair."""
-        if pair.size > _FULL:
-            return []
-        one = alone(pair.place, pair.size)
-        pairs = self._turned(place, self.samples[row], pair.across, self.parts[row].weights[0])
-        return [(torch.cat([two, pair.along[None]]), [*parts, one]) for two, parts in pairs]
-
-    def _spun(self) -> None:
-        """Keep the best of some draws of all directions that no class's row tells, turned."""
-        weights = self.samples.new_zeros(len(self.samples), len(self.labelled))
-        for row, part in enumerate(self.parts):
+        weights = white.new_zeros(len(parts), len(labelled))
+        for row, part in enumerate(parts):
             weights[row, list(part.places)] = weights.new_tensor(part.weights)
         _, sizes, directions = torch.linalg.svd(weights.T @ self.samples)
-        told = int((sizes > _TOLD * sizes[0]).sum())
-        untold = directions[told:]
-        if len(untold) < 2:
-            return
-        shares = self.samples @ untold.T
-        rows = (shares.norm(dim=1) > _TOLD).nonzero()[:, 0].tolist()
-        skew = torch.randn(_SPINS, *[len(untold)] * 2, generator=self.dice, dtype=weights.dtype)
-        size = torch.rand(_SPINS, 1, 1, generator=self.dice, dtype=weights.dtype) * math.pi
-        spins = torch.linalg.matrix_exp(size * (skew - skew.mT)).to(weights.device)
-        spins[::2, :, 0] *= -1.0
-        samples = self.samples[rows] + shares[rows] @ (spins @ untold - untold)
-        parts = [self.parts[row] for row in rows]
-        self._keep(rows, [(choice, parts) for choice in samples])
+        self.untold = directions[int((sizes > _TOLD * sizes[0]).sum()) :]
+        shares = self.samples @ self.untold.T
+        loose = shares.norm(dim=1) > _TOLD
+        self.loose = loose.nonzero()[:, 0].tolist()
+        self.shares = shares[loose]
+        self.told = self.samples[loose] - self.shares @ self.untold
+        self.labels = solved.labels.dense()
+        self.pairs = self._pairs()
+        place = {row: k for k, row in enumerate(self.loose)}
+        self.first = [place[i] for i, _ in self.pairs]
+        self.second = [place[j] for _, j in self.pairs]
+        sizes_of_pairs = [[parts[i].weights[0], parts[j].weights[0]] for i, j in self.pairs]
+        both = white.new_tensor(sizes_of_pairs).view(-1, 2)
+        self.size = both.norm(dim=1)  # (p,)
+        self.angles = torch.atan2(both[:, 1], both[:, 0])
+        self.classes = labelled[[parts[i].places[0] for i, _ in self.pairs]]
+        fixed = solved.deltas[~loose]
+        self.basis = torch.linalg.qr(fixed.T).Q
+        weakest = whole.left[:, whole.size - len(self.untold) :]
+        self.goal = weakest - self.basis @ (self.basis.T @ weakest)
 
-    def _keep(self, rows: list[int], choices: list[tuple[Tensor, list[Part]]]) -> None:
-        """Keep the best of the choices for the samples in ``rows``."""
-        if not choices:
-            return
-        a = torch.stack([samples for samples, _ in choices]) @ self.root * self.whole.values
-        labels = torch.stack([self._dense(parts, rows) for _, parts in choices])
-        without = self.left - self.each[rows].sum(0)
-        misfits = (without + self._added(a, labels).sum(1)).flatten(1).norm(dim=1)
-        for choice in misfits.argsort()[:_KEPT].tolist():
-            self.turns.append(Turn(float(misfits[choice]), rows, a[choice], choices[choice][1]))
+    @property
+    def open(self) -> bool:
+        """Whether anything can be turned."""
+        return len(self.untold) > 0 and len(self.loose) > 0
 
-    def _dense(self, parts: list[Part], rows: list[int]) -> Tensor:
-        """Return (k, C) labels of ``parts``; one that is as it was keeps its own."""
-        dense = self.labels[rows].clone()
-        for k, (part, row) in enumerate(zip(parts, rows, strict=True)):
-            if part is not self.parts[row]:
-                weight = part.weights[0] if part.smoothed else 1.0
-                dense[k] = (1.0 - weight) / self.whole.classes
-                dense[k, self.labelled[part.places[0]]] += weight
-        return dense
+    def _pairs(self) -> list[tuple[int, int]]:
+        """Return the rows of each two labels that rest on one class alone."""
+        rows: dict[int, list[int]] = {}
+        for row in self.loose:
+            if len(self.parts[row].places) == 1:
+                rows.setdefault(self.parts[row].places[0], []).append(row)
+        return [(each[0], each[1]) for each in rows.values() if len(each) == 2]
+
+    def drawn(self, count: int, width: float, dice: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw turns (count, k, k), and angles (count, p) by which pairs turn."""
+        k, like = len(self.untold), self.samples
+        skew = torch.randn(count, k, k, generator=dice, dtype=like.dtype).to(like.device)
+        angles = torch.randn(count, len(self.pairs), generator=dice, dtype=like.dtype)
+        turns: Tensor = torch.linalg.matrix_exp(width * (skew - skew.mT))
+        return turns, width * angles.to(like.device)
+
+    def misfits(self, turns: Tensor, angles: Tensor) -> Tensor:
+        """Return (count,) the share of the weakest of U that the deltas do not span."""
+        samples, labels, outside = self._turned(turns, angles)
+        delta = self.whole.probabilities(samples @ self.root * self.whole.values) - labels
+        delta = delta - delta @ self.basis @ self.basis.T
+        span = torch.linalg.qr((delta / delta.norm(dim=2, keepdim=True)).mT).Q
+        left = self.goal - span @ (span.mT @ self.goal)
+        share = left.flatten(1).norm(dim=1) / math.sqrt(len(self.untold))
+        misfits: Tensor = share.nan_to_num(torch.inf) + _OUTSIDE * outside
+        return misfits
+
+    def _turned(self, turns: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return samples (count, l, n) and labels (count, l, C), and how far weights are off."""
+        samples = self.told + self.shares @ turns @ self.untold
+        labels = self.labels[self.loose].expand(len(turns), -1, -1).clone()
+        if not self.pairs:
+            return samples, labels, samples.new_zeros(len(turns))
+        c, s = torch.cos(self.angles)[:, None], torch.sin(self.angles)[:, None]
+        one, two = samples[:, self.first], samples[:, self.second]
+        along, across = c * one + s * two, s * one - c * two
+        angle = (self.angles + angles)[..., None]
+        samples[:, self.first] = torch.cos(angle) * along + torch.sin(angle) * across
+        samples[:, self.second] = torch.sin(angle) * along - torch.cos(angle) * across
+        outside = samples.new_zeros(len(turns))
+        for rows, weight in self._weights(angles):
+            labels[:, rows] = ((1.0 - weight) / self.whole.classes)[..., None]
+            on = self.classes.expand(len(turns), -1)[..., None]
+            labels[:, rows] = labels[:, rows].scatter_add(2, on, weight[..., None])
+            outside += ((weight - 1.0).clamp(min=0.0) + (_SMALLEST - weight).clamp(min=0.0)).sum(1)
+        return samples, labels, outside
+
+    def _weights(self, angles: Tensor) -> list[tuple[list[int], Tensor]]:
+        """Return the weights (count, p) of the first and of the second samples of the pairs."""
+        angle = self.angles + angles
+        first, second = self.size * torch.cos(angle), self.size * torch.sin(angle)
+        return [(self.first, first), (self.second, second)]
+
+    def taken(self, turn: Tensor, angles: Tensor) -> tuple[Tensor, list[Part]]:
+        """Return all coordinates (N, n) and labels with one ``turn`` (1, k, k)."""
+        samples = self.samples.clone()
+        samples[self.loose] = self._turned(turn, angles)[0][0]
+        parts = list(self.parts)
+        for rows, weight in self._weights(angles):
+            for row, value in zip(rows, weight[0].clamp(_SMALLEST, 1.0).tolist(), strict=True):
+                part = parts[self.loose[row]]
+                parts[self.loose[row]] = Part(part.places, (value,), True)
+        return samples @ self.root * self.whole.values, parts
