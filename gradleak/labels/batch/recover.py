@@ -24,7 +24,6 @@ from gradleak.labels.verdict import LabelResult
 from gradleak.softlabels import MIXED, Family
 
 _LARGEST_SUPPORT = 2
-_METHOD = "subspace"
 # A mass this near the expected one, relative, is that.
 _SAME_MASS = 1e-2
 # How far below zero rounding may carry an entry of a label.
@@ -64,30 +63,54 @@ def recover_batch(
             samples=samples,
             loss_scale=options.loss_scale or 1.0,
         )
-        dice = torch.Generator(device=grad_weight.device).manual_seed(options.seed)
-        asked = {family.name for family in options.families}
-        for method, solve in _DIRECT.items():
-            direct = solve(whole, options, progress)
-            if direct is not None:
-                result = _result(grad_weight, whole, direct, rank, method)
-                if {sample.family for sample in result.samples} <= asked:
-                    return _owned(result)
-        families = [family for family in options.families if family.support <= _LARGEST_SUPPORT]
-        whole, found = _first_round(whole, families, dice)
-        jointly = complete(whole, found, families, dice)
-        if jointly is None:
-            more = range(1, ROUNDS)
-            found = find_samples(whole, families, dice, progress, found=found, rounds=more)
-            found = simplify(whole, found, families)
-            if sum(len(f.roots.a) for f in found) < whole.size:
-                jointly = complete(whole, found, families, dice)
-                jointly = jointly or solve_jointly(whole, families, dice, progress)
-        answer = laid_out(whole, found) if found else None
-        answer = answer if jointly is None else prune(whole, *jointly)
-        result = _result(grad_weight, whole, answer, rank, _METHOD)
+        result = _read_off(grad_weight, whole, rank, options, progress)
+        if result is None or result.verdict == "failed":
+            searched = _result(grad_weight, *_searched(whole, options, progress), rank, "subspace")
+            if result is None or searched.verdict != "failed":
+                result = searched
     if result.verdict in ("failed", "unidentifiable"):
         result = replace(result, counts=count_labels(grad_weight, weight, bias, grad_bias, samples))
     return _owned(result)
+
+
+def _read_off(
+    grad_weight: Tensor,
+    whole: Subspace,
+    rank: Rank,
+    options: LabelOptions,
+    progress: Progress | None,
+) -> LabelResult | None:
+    """Return what needs no search among samples: the first that does not fail, or the last."""
+    asked = {family.name for family in options.families}
+    last = None
+    for method, solve in _DIRECT.items():
+        found = solve(whole, options, progress)
+        result = None if found is None else _result(grad_weight, whole, found, rank, method)
+        if result is not None and {sample.family for sample in result.samples} <= asked:
+            last = result
+            if result.verdict != "failed":
+                break
+    return last
+
+
+def _searched(
+    whole: Subspace, options: LabelOptions, progress: Progress | None
+) -> tuple[Subspace, tuple[Tensor, Labels] | None]:
+    """Search sample by sample; return the subspace with the M that was found, and the answer."""
+    dice = torch.Generator(device=whole.left.device).manual_seed(options.seed)
+    families = [family for family in options.families if family.support <= _LARGEST_SUPPORT]
+    whole, found = _first_round(whole, families, dice)
+    jointly = complete(whole, found, families, dice)
+    if jointly is None:
+        more = range(1, ROUNDS)
+        found = find_samples(whole, families, dice, progress, found=found, rounds=more)
+        found = simplify(whole, found, families)
+        if sum(len(f.roots.a) for f in found) < whole.size:
+            jointly = complete(whole, found, families, dice)
+            jointly = jointly or solve_jointly(whole, families, dice, progress)
+    if jointly is not None:
+        return whole, prune(whole, *jointly)
+    return whole, laid_out(whole, found) if found else None
 
 
 def _owned(result: LabelResult) -> LabelResult:
@@ -119,7 +142,7 @@ def _from_moments(
     return None if found is None else prune(whole, *found)
 
 
-# What needs no search among samples, and is tried first.
+# In this order.
 _DIRECT = {"rows": _read, "moments": _from_moments}
 
 

@@ -25,6 +25,8 @@ _SUMS = 4.0
 _MIXED, _DRAWS = 8, 64
 # How much less likely a sample more makes a reading of a group, and being off by one.
 _MORE, _OFF = 1.5, 5.0
+# Two labels of nearly one are hard so often.
+_OFTEN = 0.9
 # A class with a label of nearly one is hardly two of less, nor one of less than this.
 _HARDLY, _SMALL = 0.05, 0.3
 
@@ -122,8 +124,8 @@ def _ordered(places: tuple[int, int], weights: tuple[float, float], smoothed: bo
 
 
 def _likely(readings: list[_Reading]) -> list[float]:
-    least = readings[0].samples
-    return [math.exp(-_MORE * (r.samples - least) - _OFF * r.off) for r in readings]
+    costs = [_MORE * r.samples + _OFF * r.off for r in readings]
+    return [math.exp(min(costs) - cost) for cost in costs]
 
 
 def _split_among(
@@ -150,7 +152,7 @@ def _alone(k: int, squares: float, labels: int, dice: torch.Generator) -> list[P
         return [alone(k, math.sqrt(squares / labels))] * labels
     least = math.sqrt(max(squares - 1.0, 0.02))
     first, second = torch.rand(2, generator=dice).tolist()
-    if squares > 1.0 and first < 0.5:
+    if squares > 1.0 and first < (_OFTEN if abs(squares - 2.0) < _LEAST else 0.5):
         return [alone(k, 1.0), alone(k, least)]
     weight = least + (math.sqrt(squares / 2.0) - least) * second
     other = math.sqrt(max(squares - weight * weight, 0.02))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gradleak.labels.batch.polish import Polished
-from gradleak.labels.batch.structures import Part
+from gradleak.labels.batch.structures import Part, alone
 from gradleak.labels.batch.subspace import Subspace
 
 # Draws at first; how many are kept, and varied how often; in so many generations, each so much
@@ -160,6 +160,6 @@ class _Turning:
         parts = list(self.parts)
         for rows, weight in self._weights(angles):
             for row, value in zip(rows, weight[0].clamp(_SMALLEST, 1.0).tolist(), strict=True):
-                part = parts[self.loose[row]]
-                parts[self.loose[row]] = Part(part.places, (value,), True)
+                (place,) = parts[self.loose[row]].places
+                parts[self.loose[row]] = alone(place, value)
         return samples @ self.root * self.whole.values, parts
