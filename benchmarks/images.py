@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ def run_table(table: Table, options: argparse.Namespace) -> None:
 
     def write(*more: list[str]) -> None:
         blocks = [*page(table, done), *more]
-        write_result(table.page, table.title, run, blocks, options.results)
+        write_result(page_name(table, options.row), table.title, run, blocks, options.results)
 
     rows = [row for row in table.rows if options.row in row.name]
     spent = dict.fromkeys((row.name for row in rows), 0.0)
@@ -53,12 +54,20 @@ def run_table(table: Table, options: argparse.Namespace) -> None:
         write(*product_block(table.products, options.products))
 
 
+def page_name(table: Table, row: str) -> str:
+    """Name the page of a run; one of some rows alone has a page of its own."""
+    words = re.sub(r"[^a-z0-9]+", "_", row.lower()).strip("_")
+    return f"{table.page}_{words}" if words else table.page
+
+
 def main() -> None:
     """Run the tables that were asked for."""
     names = [table.key for table in tables(Size())]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", help=f"tables, comma-separated, of {', '.join(names)}")
-    parser.add_argument("--row", default="", help="only rows whose name contains this")
+    parser.add_argument(
+        "--row", default="", help="rows whose name contains this, on their own page"
+    )
     parser.add_argument("--photographs", type=int, help="photographs a row (default: all 15)")
     parser.add_argument("--draws", type=int, default=20, help="batches a row (half of large ones)")
     parser.add_argument("--samples", type=int, nargs="+", default=BATCHES, help="N of the batches")
