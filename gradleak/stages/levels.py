@@ -1,4 +1,6 @@
-"""Pictures of 8 bits under noise: the levels of the surest pixels first, which settle the others.
+"""Pictures of 8 bits: what their levels tell of what is not known of them.
+
+Under noise, the levels of the surest pixels first, which settle the others.
 
 Noise leaves some pixels of a walked image surer than others, by their standard errors. Those that
 are within half a level many times over are set to it; the gradient is then met by the rest alone,
@@ -8,6 +10,7 @@ which leaves them less to be wrong by; and so on.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -26,6 +29,9 @@ _ENOUGH = 0.5
 # The right picture leaves all of the noise; the likeliest image, which has fitted some, a part.
 _FITTED = 1.25
 _ROUNDS = 4
+# Factors that are tried, one more or less by so much at most, and the steps between them: coarse,
+# and around the best of those.
+_MOST, _STEP, _FINE_STEP, _AROUND = 0.1, 1e-4, 2e-6, 60
 _DESCENT = DescentOptions(steps=6, inner=60, damping=1e-6)
 
 
@@ -68,6 +74,34 @@ def _if_near(answer: Answer, images: Tensor, given: Given) -> Answer:
         return answer
     after = (*answer.after, "set to levels of 8 bits")
     return replace(answer, images=images, certificate=certificate, after=after)
+
+
+def scaled_to_levels(
+    inputs: Tensor, normalisation: tuple[Sequence[float], Sequence[float]]
+) -> Tensor | None:
+    """Return the pictures of 8 bits that ``inputs`` (N, C, H, W) are but for a factor each.
+
+    Where a network has no biases, an error of a sample's label is a factor of its features down to
+    the picture; the levels tell the factor. None where one sample's do not.
+    """
+    pictures = [_scaled(one[None], normalisation) for one in inputs]
+    found = [picture for picture in pictures if picture is not None]
+    return torch.cat(found) if len(found) == len(pictures) else None
+
+
+def _scaled(one: Tensor, normalisation: tuple[Sequence[float], Sequence[float]]) -> Tensor | None:
+    """Return the picture of 8 bits that ``one`` input (1, C, H, W) is but for a factor."""
+    factor = 1.0
+    for reach, step in ((_MOST, _STEP), (_AROUND * _FINE_STEP, _FINE_STEP)):
+        count = round(reach / step)
+        tried = [factor + step * k for k in range(-count, count + 1)]
+        factor = min(tried, key=lambda f: _off_levels(denormalise(f * one, *normalisation)))
+    return with_eight_bits(denormalise(factor * one, *normalisation))
+
+
+def _off_levels(images: Tensor) -> float:
+    levels = images * LEVELS
+    return float((levels - levels.round()).square().sum())
 
 
 def _met(misfits: Residuals, fixed: Tensor, free: Tensor, seconds: float, seed: int) -> Tensor:

@@ -28,6 +28,7 @@ from gradleak.reconstruction.resimulate import GradientResidual
 from gradleak.stages.answers import Answer, Given, nearest, with_eight_bits
 from gradleak.stages.attack import find_images, null_control, twice_differentiable
 from gradleak.stages.feature import BundleLayers
+from gradleak.stages.levels import scaled_to_levels
 from gradleak.stages.network import head_feature, input_shape, network_of, normalisation_of
 
 Verdict = Literal["unique", "ambiguous", "approximate"]
@@ -35,7 +36,7 @@ Verdict = Literal["unique", "ambiguous", "approximate"]
 _COARSE = {"BF16": "bfloat16", "F16": "float16"}
 _NOISY = 5e-5
 # Labels that the images lead to may differ by this much from those that led to the images.
-_SAME_LABEL = 1e-2
+_SAME_LABEL = 0.1
 METHODS = ("auto", "mlp", "embedding", "peel", "fit", "match")
 
 
@@ -302,7 +303,11 @@ def _read_off(bundle: Bundle, labels: Tensor, device: torch.device) -> Answer:
         return check_mlp(spec.layers, read, images, labels, mean, std)
 
     images = images_of_features(features, shape, mean, std)
-    rounded = None if len(labels) == 1 else with_eight_bits(images)
+    rounded = None
+    if len(labels) > 1:
+        pixels = features.reshape(-1, *shape)
+        rounded = with_eight_bits(images)
+        rounded = scaled_to_levels(pixels, (mean, std)) if rounded is None else rounded
     if rounded is None:
         answer = Answer("mlp", images.float(), certify(images.float()))
     else:
