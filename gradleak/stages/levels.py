@@ -24,8 +24,9 @@ from gradleak.stages.answers import LEVELS, Answer, Given, with_eight_bits
 # A pixel is sure if so many standard errors are less than half a level; of those that were left
 # after a round, the ones this near a level.
 _SIGMAS, _NEAR_LEVEL = 5.0, 0.25
-# Where fewer are sure, there is nothing to begin with.
-_ENOUGH = 0.5
+# Where fewer are sure, there is nothing to begin with; and an image whose gradient is the given one
+# need not be of 8 bits unless so many of its pixels are near a level.
+_ENOUGH, _ALL_BUT = 0.5, 0.9
 # The right picture leaves all of the noise; the likeliest image, which has fitted some, a part.
 _FITTED = 1.25
 _ROUNDS = 4
@@ -47,14 +48,17 @@ def with_levels(answer: Answer, given: Given, *, seconds: float, seed: int) -> A
     rounded = with_eight_bits(answer.images)
     if rounded is not None:
         return _if_near(answer, rounded, given)
+    levels = answer.images.double() * LEVELS
+    if answer.certificate.exact and not between_levels(answer.images):
+        return answer  # not a picture of 8 bits
     _, spread = given.normalisation
     std = found.std * found.std.new_tensor(list(spread)).view(1, -1, 1, 1)
-    sure = _SIGMAS * std * LEVELS < 0.5
+    # The errors of label and feature are not in the walk's: those show in pixels between levels.
+    sure = (_SIGMAS * std * LEVELS < 0.5) & ((levels - levels.round()).abs() < _NEAR_LEVEL)
     if float(sure.double().mean()) < _ENOUGH:
         return answer
     ends = time.monotonic() + seconds
     misfits = gradient_misfits(given.network, given.gradients, given.labels)
-    levels = answer.images.double() * LEVELS
     for _ in range(_ROUNDS):
         fixed = normalise(torch.where(sure, levels.round(), levels) / LEVELS, *given.normalisation)
         if bool(sure.all()):
@@ -74,6 +78,17 @@ def _if_near(answer: Answer, images: Tensor, given: Given) -> Answer:
         return answer
     after = (*answer.after, "set to levels of 8 bits")
     return replace(answer, images=images, certificate=certificate, after=after)
+
+
+def between_levels(images: Tensor) -> int:
+    """Return how many values lie between levels of 8 bits where all but a few lie on one.
+
+    None do in pictures of other than 8 bits, whose values lie anywhere.
+    """
+    off = (images.double() * LEVELS).frac()
+    off = torch.minimum(off, 1.0 - off)
+    between = int((off > _NEAR_LEVEL).sum())
+    return between if between <= (1.0 - _ALL_BUT) * off.numel() else 0
 
 
 def scaled_to_levels(

@@ -28,7 +28,7 @@ from gradleak.reconstruction.resimulate import GradientResidual
 from gradleak.stages.answers import Answer, Given, nearest, with_eight_bits
 from gradleak.stages.attack import find_images, null_control, twice_differentiable
 from gradleak.stages.feature import BundleLayers
-from gradleak.stages.levels import scaled_to_levels
+from gradleak.stages.levels import between_levels, scaled_to_levels
 from gradleak.stages.network import head_feature, input_shape, network_of, normalisation_of
 
 Verdict = Literal["unique", "ambiguous", "approximate"]
@@ -187,6 +187,12 @@ def _judge(answer: Answer, given: Given | None, coarse: str | None) -> tuple[Ver
             )
         if free:
             return "ambiguous", f"one of many: {free} of {pixels} pixels are not in the gradient"
+    unsettled = between_levels(answer.images)
+    if unsettled:
+        return "ambiguous", (
+            f"one of many: {unsettled} of {answer.images.numel()} values lie between the levels of "
+            "8 bits on which the others lie"
+        )
     if coarse is not None:
         return "ambiguous", (
             f"one of many: it meets the gradient to {coarse}'s rounding, and so may images with "

@@ -10,6 +10,7 @@ pixels differ by as much as those of photographs do.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -31,6 +32,8 @@ _AS_NOISY = 4.0
 # A gradient with relative noise from here on is met by too many pictures; what the walk leaves is
 # rounding up to so many roundings.
 _NOISY, _ROUNDINGS = 2e-6, 16.0
+# An image that leaves less than this part of the noise shows that it is none.
+_FREE = 0.25
 # Root mean square of the difference of neighbouring pixels, black 0 and white 1.
 _SLOPE = 0.1
 
@@ -51,6 +54,28 @@ def refined(
     if with_eight_bits(answer.images) is not None and answer.certificate.relative <= bound:
         return answer  # a picture of 8 bits that leaves no more than noise has nothing to gain
 
+    ends = time.monotonic() + seconds
+    found = _descended(answer, given, noise, seconds, seed, progress)
+    if noise is not None and found.certificate.relative < _FREE * noise:
+        # What the walk left was no noise: the gradients are met more closely than that.
+        found = _descended(found, given, None, max(ends - time.monotonic(), 0.0), seed, progress)
+        noise = None
+    if noise is None and found.certificate.relative >= answer.certificate.relative:
+        return answer
+    how = "refined on all gradients" if noise is None else "made the likeliest under the noise"
+    return replace(found, estimated=None, after=(*answer.after, how))
+
+
+def _descended(
+    answer: Answer,
+    given: Given,
+    noise: float | None,
+    seconds: float,
+    seed: int,
+    progress: Progress | None,
+) -> Answer:
+    """Return where a descent from ``answer`` ends, on the gradients or, with noise, likelihood."""
+
     def note(step: int, squares: float) -> None:
         if progress is not None:
             progress(Step("refining", step, _OPTIONS.steps, squares))
@@ -62,16 +87,7 @@ def refined(
     options = replace(_OPTIONS, seconds=seconds)
     found = descend(residuals, start, options, generator=dice, progress=note)
     better = given.answer(answer.method, found.x)
-    if noise is None and better.certificate.relative >= answer.certificate.relative:
-        return answer
-    how = "refined on all gradients" if noise is None else "made the likeliest under the noise"
-    return replace(
-        answer,
-        images=better.images,
-        certificate=better.certificate,
-        estimated=None,
-        after=(*answer.after, how),
-    )
+    return replace(answer, images=better.images, certificate=better.certificate)
 
 
 def noise_of(answer: Answer, given: Given) -> float | None:
