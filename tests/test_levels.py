@@ -71,16 +71,19 @@ def test_what_was_done_to_a_noisy_picture_is_said() -> None:
     assert "set to levels of 8 bits" in found.reason
 
 
-def test_levels_tell_the_factor_of_a_picture() -> None:
+def test_levels_tell_factors_and_mixtures_of_pictures() -> None:
     images = (crops(24, 3, torch.Generator().manual_seed(6)) * 255).round() / 255
     normalisation = ([0.4, 0.5, 0.6], [0.2, 0.25, 0.3])
-    factors = torch.tensor([1.043, 0.9621, 1.00017]).view(-1, 1, 1, 1)
-    inputs = factors * normalise(images.double(), *normalisation)
-    found = levels.scaled_to_levels(inputs, normalisation)
+    true = normalise(images.double(), *normalisation)
+    inputs = torch.stack(
+        [1.043 * true[0], 0.9921 * true[1] + 0.013 * true[2], 1.00217 * true[2] - 0.008 * true[1]]
+    )
+    labels = torch.eye(5)[[0, 3, 3]]
+    found = levels.unmixed_by_levels(inputs, labels, normalisation)
     assert found is not None
     assert torch.equal(found, images.float())
-    inputs[1] += 0.01 * torch.rand(24, 24, generator=torch.Generator().manual_seed(1))
-    assert levels.scaled_to_levels(inputs, normalisation) is None
+    labels = torch.eye(5)[[0, 3, 4]]  # of different classes, which do not mix
+    assert levels.unmixed_by_levels(inputs, labels, normalisation) is None
 
 
 def test_three_of_one_class_come_back_with_their_labels() -> None:

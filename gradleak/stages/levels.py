@@ -33,6 +33,8 @@ _ROUNDS = 4
 # Factors that are tried, one more or less by so much at most, and the steps between them: coarse,
 # and around the best of those.
 _MOST, _STEP, _FINE_STEP, _AROUND = 0.1, 1e-4, 2e-6, 60
+# Of two samples, so many steps both ways, of these sizes in turn; and values that are looked at.
+_MIXING, _MIXING_STEPS, _SAMPLED = 100, (5e-4, 2e-5, 1e-6), 1024
 _DESCENT = DescentOptions(steps=6, inner=60, damping=1e-6)
 
 
@@ -91,17 +93,27 @@ def between_levels(images: Tensor) -> int:
     return between if between <= (1.0 - _ALL_BUT) * off.numel() else 0
 
 
-def scaled_to_levels(
-    inputs: Tensor, normalisation: tuple[Sequence[float], Sequence[float]]
+def unmixed_by_levels(
+    inputs: Tensor, labels: Tensor, normalisation: tuple[Sequence[float], Sequence[float]]
 ) -> Tensor | None:
-    """Return the pictures of 8 bits that ``inputs`` (N, C, H, W) are but for a factor each.
+    """Return the pictures of 8 bits behind ``inputs`` (N, C, H, W) that their labels' errors spoil.
 
     Where a network has no biases, an error of a sample's label is a factor of its features down to
-    the picture; the levels tell the factor. None where one sample's do not.
+    the picture, and two samples of one class mix a little; the levels tell how. ``labels`` are
+    (N, classes). None where one sample's do not.
     """
-    pictures = [_scaled(one[None], normalisation) for one in inputs]
-    found = [picture for picture in pictures if picture is not None]
-    return torch.cat(found) if len(found) == len(pictures) else None
+    classes = labels.argmax(1)
+    pictures = []
+    for n, one in enumerate(inputs):
+        others = (classes == classes[n]).nonzero()[:, 0].tolist()
+        picture = _scaled(one[None], normalisation)
+        for m in others:
+            if picture is None and m != n:
+                picture = _unmixed(one[None], inputs[m][None], normalisation)
+        if picture is None:
+            return None
+        pictures.append(picture)
+    return torch.cat(pictures)
 
 
 def _scaled(one: Tensor, normalisation: tuple[Sequence[float], Sequence[float]]) -> Tensor | None:
@@ -112,6 +124,29 @@ def _scaled(one: Tensor, normalisation: tuple[Sequence[float], Sequence[float]])
         tried = [factor + step * k for k in range(-count, count + 1)]
         factor = min(tried, key=lambda f: _off_levels(denormalise(f * one, *normalisation)))
     return with_eight_bits(denormalise(factor * one, *normalisation))
+
+
+def _unmixed(
+    one: Tensor, other: Tensor, normalisation: tuple[Sequence[float], Sequence[float]]
+) -> Tensor | None:
+    """Return the picture that a little of ``other`` (1, C, H, W) and a factor make of ``one``."""
+    base = denormalise(torch.zeros_like(one), *normalisation)
+    first = ((denormalise(one, *normalisation) - base) * LEVELS).flatten()
+    second = ((denormalise(other, *normalisation) - base) * LEVELS).flatten()
+    base = (base * LEVELS).flatten()
+    every = max(1, len(first) // _SAMPLED)
+    factor, share = 1.0, 0.0
+    for step in _MIXING_STEPS:
+        tried = step * torch.arange(-_MIXING, _MIXING + 1, dtype=one.dtype, device=one.device)
+        shares = (share + tried)[:, None] * second[::every]
+        off = []
+        for f in (factor + tried).tolist():
+            levels = base[::every] + f * first[::every] + shares
+            off.append((levels - levels.round()).square().mean(1))
+        best = int(torch.stack(off).argmin())
+        factor += float(tried[best // len(tried)])
+        share += float(tried[best % len(tried)])
+    return with_eight_bits(denormalise(factor * one + share * other, *normalisation))
 
 
 def _off_levels(images: Tensor) -> float:

@@ -28,7 +28,7 @@ from gradleak.reconstruction.resimulate import GradientResidual
 from gradleak.stages.answers import Answer, Given, nearest, with_eight_bits
 from gradleak.stages.attack import find_images, null_control, twice_differentiable
 from gradleak.stages.feature import BundleLayers
-from gradleak.stages.levels import between_levels, scaled_to_levels
+from gradleak.stages.levels import between_levels, unmixed_by_levels
 from gradleak.stages.network import head_feature, input_shape, network_of, normalisation_of
 
 Verdict = Literal["unique", "ambiguous", "approximate"]
@@ -313,7 +313,8 @@ def _read_off(bundle: Bundle, labels: Tensor, device: torch.device) -> Answer:
     if len(labels) > 1:
         pixels = features.reshape(-1, *shape)
         rounded = with_eight_bits(images)
-        rounded = scaled_to_levels(pixels, (mean, std)) if rounded is None else rounded
+        if rounded is None:
+            rounded = unmixed_by_levels(pixels, labels, (mean, std))
     if rounded is None:
         answer = Answer("mlp", images.float(), certify(images.float()))
     else:
