@@ -94,6 +94,7 @@ def test_three_of_one_class_come_back_with_their_labels() -> None:
     bundle = gradleak.recover_feature(gradleak.recover_label(captured.bundle).bundle).bundle
     found = gradleak.reconstruct(bundle, settings=MatchSettings(time_limit=20.0))
     assert (found.verdict, found.method) == ("unique", "mlp")
+    assert "set to levels of 8 bits" in found.reason
     order = torch.cdist(images.flatten(1), found.images.flatten(1)).argmin(1)
     assert torch.equal(found.images[order], images.float())
     recovered = found.bundle.tensor("label/soft")

@@ -70,7 +70,7 @@ def smoothest_image(
             break
         roots = [
             softness * share * _root_weight(slope, max(_FLAT * softness, _FLATTEST))
-            for slope in _slopes(image)
+            for slope in slopes(image)
         ]
         outside = _OUTSIDE * softness * share
 
@@ -80,7 +80,7 @@ def smoothest_image(
             roots: Sequence[Tensor] = tuple(roots),
             outside: float = outside,
         ) -> tuple[Tensor, ...]:
-            smooth = (root * slope for root, slope in zip(roots, _slopes(x), strict=True))
+            smooth = (root * slope for root, slope in zip(roots, slopes(x), strict=True))
             return (*network.missed(x, soft), *smooth, outside * bounds.exceeded(x))
 
         damping = _DAMPING if softness in _EARLY else _LATE_DAMPING
@@ -92,7 +92,8 @@ def smoothest_image(
     return image
 
 
-def _slopes(x: Tensor) -> tuple[Tensor, Tensor]:
+def slopes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the differences of neighbouring entries of images (N, C, H, W), along rows first."""
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 

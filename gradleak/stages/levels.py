@@ -123,7 +123,7 @@ def _scaled(one: Tensor, normalisation: tuple[Sequence[float], Sequence[float]])
         count = round(reach / step)
         tried = [factor + step * k for k in range(-count, count + 1)]
         factor = min(tried, key=lambda f: _off_levels(denormalise(f * one, *normalisation)))
-    return with_eight_bits(denormalise(factor * one, *normalisation))
+    return with_eight_bits(denormalise(factor * one, *normalisation).clamp(0.0, 1.0))
 
 
 def _unmixed(
@@ -146,7 +146,8 @@ def _unmixed(
         best = int(torch.stack(off).argmin())
         factor += float(tried[best // len(tried)])
         share += float(tried[best % len(tried)])
-    return with_eight_bits(denormalise(factor * one + share * other, *normalisation))
+    found = denormalise(factor * one + share * other, *normalisation)
+    return with_eight_bits(found.clamp(0.0, 1.0))
 
 
 def _off_levels(images: Tensor) -> float:

@@ -39,6 +39,7 @@ _NOISY = 5e-5
 _SAME_LABEL = 0.1
 # Pictures that all lie on levels of 8 bits and miss the gradient by no more have nothing to gain.
 _CLOSE = 1e-3
+_UNMIXED = "set to levels of 8 bits, by a factor each and by what samples of a class mix"
 METHODS = ("auto", "mlp", "embedding", "peel", "fit", "match")
 
 
@@ -189,7 +190,7 @@ def _judge(answer: Answer, given: Given | None, coarse: str | None) -> tuple[Ver
             )
         if free:
             return "ambiguous", f"one of many: {free} of {pixels} pixels are not in the gradient"
-    unsettled = between_levels(answer.images)
+    unsettled = between_levels(answer.images) if answer.after else 0
     if unsettled:
         return "ambiguous", (
             f"one of many: {unsettled} of {answer.images.numel()} values lie between the levels of "
@@ -313,22 +314,23 @@ def _read_off(bundle: Bundle, labels: Tensor, device: torch.device) -> Answer:
         return check_mlp(spec.layers, read, images, labels, mean, std)
 
     images = images_of_features(features, shape, mean, std)
-    rounded = None
+    rounded, after = None, tuple[str, ...]()
     if len(labels) > 1:
         pixels = features.reshape(-1, *shape)
         rounded = with_eight_bits(images)
         if rounded is None:
             rounded = unmixed_by_levels(pixels, labels, (mean, std))
+            after = (_UNMIXED,)
     if rounded is None:
         answer = Answer("mlp", images.float(), certify(images.float()))
     else:
-        answer = Answer("mlp", rounded, certify(rounded))
+        answer = Answer("mlp", rounded, certify(rounded), after=after)
         if not answer.certificate.exact:
             inputs = normalise(rounded.double(), mean, std).flatten(1)
             better = labels_of_images(spec.layers, read, inputs, labels)
             again = check_mlp(spec.layers, read, rounded, better, mean, std)
             if again.exact and float((better - labels).abs().max()) <= _SAME_LABEL:
-                answer = Answer("mlp", rounded, again, labels=better)
+                answer = Answer("mlp", rounded, again, labels=better, after=after)
             elif answer.certificate.relative > _CLOSE:
                 answer = nearest("mlp", images, certify)
     if not math.isfinite(answer.certificate.relative + answer.certificate.precision):

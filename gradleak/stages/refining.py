@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gradleak.calculus.descent import DescentOptions, Residuals, descend
+from gradleak.calculus.prior import slopes
 from gradleak.linalg import precision
 from gradleak.normalisation import normalise
 from gradleak.progress import Progress, Step
@@ -110,14 +111,10 @@ def _unlikelihood(misfits: Residuals, noise: float, given: Given) -> Residuals:
 
     def residuals(x: Tensor) -> tuple[Tensor, ...]:
         parts = [part * (math.sqrt(part.numel()) / noise) for part in misfits(x)]
-        parts += _slopes(x * x.new_tensor(list(spread)).view(1, -1, 1, 1) / _SLOPE)
+        parts += slopes(x * x.new_tensor(list(spread)).view(1, -1, 1, 1) / _SLOPE)
         return _of_mean(parts)
 
     return residuals
-
-
-def _slopes(x: Tensor) -> list[Tensor]:
-    return [x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]]
 
 
 def _of_mean(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:

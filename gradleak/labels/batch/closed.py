@@ -33,7 +33,7 @@ _OPERATIONS, _FEWEST, _MOST = 2e12, 3, 400
 Progress = Callable[[int, int], None]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _State:
     """A batch that was polished: what it leaves, relative to what is explained, and its labels."""
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from gradleak.labels.batch.closed import solve_closed
+from gradleak.labels.batch.closed import Progress, solve_closed
 from gradleak.labels.batch.joint import solve_jointly
 from gradleak.labels.batch.judge import describe, explains, incomplete, judge, residual_of
 from gradleak.labels.batch.polish import STEPS, Labels, polish
@@ -28,8 +28,6 @@ _LARGEST_SUPPORT = 2
 _SAME_MASS = 1e-2
 # How far below zero rounding may carry an entry of a label.
 _OUTSIDE = 1e-3
-
-Progress = Callable[[int, int], None]
 
 
 def recover_batch(
