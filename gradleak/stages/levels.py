@@ -49,7 +49,8 @@ def with_levels(answer: Answer, given: Given, *, seconds: float, seed: int) -> A
         return answer
     rounded = with_eight_bits(answer.images)
     if rounded is not None:
-        return _if_near(answer, rounded, given)
+        settled = torch.equal(rounded, answer.images.to(rounded))
+        return answer if settled else _if_near(answer, rounded, given)
     levels = answer.images.double() * LEVELS
     if answer.certificate.exact and not between_levels(answer.images):
         return answer  # not a picture of 8 bits
