@@ -5,12 +5,14 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -46,16 +48,33 @@ class Run:
         """Wall-clock seconds since the start."""
         return time.perf_counter() - self.started
 
+    def facts(self) -> dict[str, str]:
+        """Return how, when and on what the figures were made."""
+        versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy"))
+        return {
+            "Command": self.command,
+            "Versions": f"gradleak {revision()}, Python {platform.python_version()}, {versions}",
+            "Machine": device_name(),
+            "Date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
+        }
+
     def header(self) -> list[str]:
-        """Return the lines that say how, when and on what the figures were made."""
-        versions = ", ".join(f"{name} {version(name)}" for name in ("gradleak", "torch", "numpy"))
+        """Return the lines of the facts and of the time that the run took."""
+        facts = self.facts()
+        command = facts.pop("Command")
         return [
-            f"- Command: `{self.command}`",
-            f"- Versions: Python {platform.python_version()}, {versions}",
-            f"- Machine: {device_name()}",
-            f"- Date: {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
+            f"- Command: `{command}`",
+            *(f"- {name}: {value}" for name, value in facts.items()),
             f"- Duration: {self.seconds:.0f} s",
         ]
+
+
+def revision() -> str:
+    """Return the version of the package, and the commit where this is a checkout."""
+    git = ("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*")
+    found = subprocess.run(git, capture_output=True, text=True, check=False)
+    commit = f" ({found.stdout.strip()})" if found.returncode == 0 else ""
+    return f"{version('gradleak')}{commit}"
 
 
 def this_command() -> str:
@@ -86,12 +105,19 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> lis
     return [f"| {' | '.join(row)} |" for row in (columns, align, *rows)]
 
 
+class Headed(Protocol):
+    """What made the figures of a page: one run, or several."""
+
+    def header(self) -> list[str]:
+        """Return the lines that say how, when and on what."""
+
+
 def write_result(
-    name: str, title: str, run: Run, parts: Sequence[Sequence[str]], folder: Path = RESULTS
+    name: str, title: str, made: Headed, parts: Sequence[Sequence[str]], folder: Path = RESULTS
 ) -> Path:
-    """Write ``NAME.md`` to ``folder``: a title, the facts of the run, and blocks of lines."""
+    """Write ``NAME.md`` to ``folder``: a title, what made the figures, and blocks of lines."""
     folder.mkdir(parents=True, exist_ok=True)
-    blocks = [[f"# {title}"], run.header(), *parts]
+    blocks = [[f"# {title}"], made.header(), *parts]
     path = folder / f"{name}.md"
     path.write_text("\n\n".join("\n".join(block) for block in blocks if block) + "\n")
     return path

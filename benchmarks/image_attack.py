@@ -85,10 +85,12 @@ class Picture:
 class Outcome:
     """One case: the attack, its picture, and those of the baselines with their seconds.
 
-    ``condition`` is the first over the N-th singular value of the head's gradient.
+    ``name`` and ``held_out`` are the case's; ``condition`` is the first over the N-th singular
+    value of the head's gradient.
     """
 
-    case: Case
+    name: str
+    held_out: bool
     attack: Attack
     picture: Picture
     label_error: float
@@ -136,7 +138,16 @@ def run_case(
             if done is not None:
                 baselines[name] = (compare(done[0], given)[0], done[1])
     condition = condition_of(given.bundle, len(given.truth.labels))
-    return Outcome(case, found, picture, label_error, condition, baselines, maps)
+    return Outcome(
+        name=case.name,
+        held_out=case.held_out,
+        attack=found,
+        picture=picture,
+        label_error=label_error,
+        condition=condition,
+        baselines=baselines,
+        maps=maps,
+    )
 
 
 def attack(

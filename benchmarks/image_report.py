@@ -94,7 +94,7 @@ def summary(row: Row, outcomes: Sequence[Outcome]) -> list[str]:
     """Return a row's line: how many are what was asked, how good and how fast they are."""
     good = [row.good(o) for o in outcomes]
     low, high = wilson_interval(sum(good), len(good))
-    held = [row.good(o) for o in outcomes if o.case.held_out]
+    held = [row.good(o) for o in outcomes if o.held_out]
     seconds = sorted(o.seconds for o in outcomes)
     levels = sorted(_order(o.picture.psnr) for o in outcomes)
     return [
@@ -137,7 +137,7 @@ def line(outcome: Outcome) -> str:
     stages = ", ".join(f"{name} {s.seconds:.1f}" for name, s in outcome.attack.stages.items())
     beside = "".join(f"; {n} {decibels(p.psnr)} dB" for n, (p, _) in outcome.baselines.items())
     return (
-        f"{outcome.case.name}: {decibels(outcome.picture.psnr)} dB, {outcome.picture.differing} "
+        f"{outcome.name}: {decibels(outcome.picture.psnr)} dB, {outcome.picture.differing} "
         f"of {outcome.picture.total} off, {stages} s, {outcome.attack.method}"
         f"{'; ' + outcome.reason if outcome.reason else ''}{beside}"
     )
@@ -214,7 +214,7 @@ def _cases(row: Row, outcomes: Sequence[Outcome]) -> list[list[str]]:
     return [
         [
             row.name,
-            o.case.name,
+            o.name,
             decibels(o.picture.psnr),
             f"{o.picture.differing} of {o.picture.total}",
             f"{o.label_error:.0e}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
@@ -15,11 +16,14 @@ from gradleak.bundle import IMAGE, LABEL
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import image_networks as nets
+from common import Run
 from image_attack import Outcome, attack, compare, run_case
 from image_cases import CROP, Case, captured, of_photographs, with_change
 from image_photographs import HELD_OUT, KNOWN, is_held_out, known_files, picture, targets
+from image_record import Record
 from image_report import grouped_reasons, page, summary
-from image_tables import Row, Size, same_pixels, tables
+from image_tables import Row, Size, Table, same_pixels, tables
+from images import main
 
 ROOT = Path(__file__).parents[1]
 SMALL = replace(nets.MLP8_HE, size=8)
@@ -140,6 +144,49 @@ def test_a_row_counts_with_its_interval_and_a_partial_run_says_so() -> None:
     text = "\n".join("\n".join(block) for block in page(table, {"some": found}))
     assert "rows not run: others" in text
     assert "some (2 of 3 cases)" in text
+
+
+def test_a_record_keeps_cases_and_the_runs_they_are_from(tmp_path: Path) -> None:
+    first, second = Run("python one"), Run("python two")
+    record = Record(tmp_path / "cases" / "page.jsonl")
+    assert record.outcomes() == {}
+    one, other = outcomes()
+    record.add("some", one, 1.0, first)
+    record.add("others", one, 2.0, first)
+    record.add("some", other, 4.0, second)
+    assert Record(record.path).outcomes() == {"some": [one, other], "others": [one]}
+    header = "\n".join(record.header())
+    assert header.index("python one") < header.index("Cases: 2, in 3 s")
+    assert header.index("python two") < header.index("Cases: 1, in 4 s")
+    record.drop({"some"})
+    assert record.outcomes() == {"others": [one]}
+
+
+def test_a_run_that_is_resumed_measures_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def table(size: Size) -> list[Table]:
+        each = of_photographs(SMALL, size.photographs)
+        return [Table("mlp", "One", [Row(name, "all", each, same_pixels) for name in ("a", "b")])]
+
+    def measure(*words: str) -> tuple[list[str], str]:
+        arguments = ["images.py", "--match-seconds", "1", "--baselines", "0", *words]
+        monkeypatch.setattr(sys, "argv", [*arguments, "--results", str(tmp_path)])
+        main()
+        lines = (tmp_path / "cases" / "images_mlp.jsonl").read_text().splitlines()
+        return lines, (tmp_path / "images_mlp.md").read_text()
+
+    monkeypatch.setattr("images.tables", table)
+    begun, _ = measure("--photographs", "1", "--row", "a")
+    lines, text = measure("--photographs", "2", "--resume")
+    rows = [json.loads(line)["row"] for line in lines[1:]]
+    assert sorted(rows) == ["a", "b", "b"]
+    assert lines[: len(begun)] == begun
+    assert text.count("Command") == 2
+    assert "2 of 2" in text
+    assert "A partial run" not in text
+    again, _ = measure("--photographs", "1", "--row", "b")
+    assert again[:-1] == [line for line in lines if json.loads(line)["row"] == "a"]
 
 
 def test_reasons_that_differ_in_numbers_are_one() -> None:
