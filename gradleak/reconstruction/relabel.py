@@ -19,9 +19,9 @@ from gradleak.features import LayerReader
 from gradleak.linalg import matmul
 from gradleak.models.spec import LinearLayer
 
-_STEPS = 200
+_STEPS = 500
 # Conjugate gradients have arrived where the right-hand side is left to this part.
-_LEFT = 1e-4
+_LEFT = 1e-6
 
 
 def labels_of_images(
@@ -61,6 +61,8 @@ class _Chain:
         self._grams: list[Tensor] = []  # X Xᵀ (N, N) of each layer's inputs, over ‖G‖²
         self._seen: list[Tensor] = []  # X Gᵀ (N, out), over ‖G‖²
         x = inputs
+        # A unit at its kink falls as it fell at capture only in the arithmetic of the capture.
+        y: Tensor | None = None
         for number, layer in enumerate(layers):
             weight, gradient = read.parameter(layer.name), read.gradient(layer.name)
             phi = activation(layer.activation)
@@ -75,9 +77,11 @@ class _Chain:
             bias = read.parameter(layer.name, "bias")
             z = matmul(weight, x.mT).mT if number == 0 else x @ self._weights[-1].mT
             z = z if bias is None else z + bias.double()
+            y = (inputs.to(weight.dtype) if y is None else y) @ weight.mT
+            y = y if bias is None else y + bias
             if phi is not None and not last:
-                self._slopes.append(phi.slope_at_input(z))
-                x = phi.apply(z)
+                self._slopes.append(phi.slope_at_input(y).double())
+                x, y = phi.apply(z), phi.apply(y)
         self.probabilities = torch.softmax(z, 1)
 
     def normal(self, delta: Tensor) -> Tensor:
