@@ -246,6 +246,20 @@ def test_features_stand_in_the_order_of_the_labels() -> None:
     assert torch.equal(one.flip(0), other)
 
 
+def test_features_found_with_the_labels_are_kept_if_they_explain_the_gradient() -> None:
+    labelled = recover_label(share(("hard", "smooth", "mixup")).bundle, device="cpu").bundle
+    head = f"{FEATURE}{labelled.model.head}"
+    kept = recover_feature(labelled, device="cpu")
+    assert kept.method == "label"
+    assert torch.equal(kept.layers[0].features, labelled.tensor(head))
+    bare = Bundle({n: labelled.tensor(n) for n in labelled if n != head}, labelled.metadata)
+    spoilt = labelled.extended({head: labelled.tensor(head).roll(1, 0)})
+    for bundle in (bare, spoilt):
+        again = recover_feature(bundle, device="cpu")
+        assert again.method == "subspace"
+        torch.testing.assert_close(again.layers[0].features, kept.layers[0].features)
+
+
 # --- Laws ---------------------------------------------------------------------------------------
 
 laws = settings(max_examples=6, deadline=None, derandomize=True, database=None)

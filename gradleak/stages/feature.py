@@ -118,7 +118,9 @@ def recover_feature(
             for linear in layers:
                 read.check(linear.name)
     else:
-        samples, peeling, method = _batch_features(layer, label, rank, options, layers, read)
+        before = FEATURE + layer.name
+        known = bundle.tensor(before, where).double() if before in bundle else None
+        samples, peeling, method = _batch_features(layer, label, known, rank, options, layers, read)
     seconds = time.perf_counter() - start
     verdict, reason = _verdict(bundle, peeling, len(layers))
     record = StageRecord(
@@ -203,12 +205,16 @@ def _head_feature(
 def _batch_features(
     head: Head,
     labels: Tensor,
+    known: Tensor | None,
     rank: Rank,
     options: LabelOptions,
     layers: tuple[LinearLayer, ...],
     read: BundleLayers,
 ) -> tuple[int, Peeling, str]:
-    """Return the number of samples behind a batch's gradient, the layers' inputs, and how found."""
+    """Return the number of samples behind a batch's gradient, the layers' inputs, and how found.
+
+    ``known`` are the head's inputs as the bundle has them, which go if they fit.
+    """
     found = features_of_labels(
         head.grad_weight,
         head.weight,
@@ -217,6 +223,7 @@ def _batch_features(
         bias=head.bias,
         grad_bias=head.grad_bias,
         options=options,
+        found_with=known,
     )
     peeled = PeeledLayer(head.name, found.features, found.residual)
     if len(layers) == 1:

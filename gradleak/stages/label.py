@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gradleak.bundle import LABEL, LOSS_SCALE, WEIGHT_DECAY, Bundle, StageRecord
+from gradleak.bundle import FEATURE, LABEL, LOSS_SCALE, WEIGHT_DECAY, Bundle, StageRecord
 from gradleak.device import resolve_device
 from gradleak.errors import GradleakError, UsageError
 from gradleak.head import Head, read_head
@@ -375,6 +375,9 @@ def _outcome(item: _Taken, result: LabelResult | GradleakError, attack: _Attack)
         verdict=result.verdict,
     )
     found = {} if result.labels is None else {LABEL: result.labels}
+    if result.batch_size == len(result.samples) > 1 and result.features is not None:
+        # Labels and features of a batch are found together; recover-feature need not do it again.
+        found[FEATURE + head.name] = result.features.cpu()
     recovered = result.samples[0].loss_scale if result.samples else None
     scale = recovered or attack.options.loss_scale or 1.0
     if found and (attack.scale_stated or scale != 1.0 or LOSS_SCALE in bundle):

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from gradleak.errors import IncompleteError, InputError
+from gradleak.labels.batch.judge import residual_of
 from gradleak.labels.batch.recover import recover_batch
 from gradleak.labels.factorise import Rank
 from gradleak.labels.options import LabelOptions
+from gradleak.linalg import matmul
 
 # An entry of a label may be off by this much before label and gradient do not belong together.
 _CONSISTENT, _SAME = 1e-2, 1e-9
@@ -40,16 +42,25 @@ def features_of_labels(
     bias: Tensor | None = None,
     grad_bias: Tensor | None = None,
     options: LabelOptions | None = None,
+    found_with: Tensor | None = None,
 ) -> BatchFeatures:
     """Recover the head's input of each of ``labels`` (M, C) from the gradient of their batch.
 
     Arguments as :func:`recover_batch` takes them, which finds label and feature of a sample
-    together: it is asked again, with the ``options`` that the labels were found with, and its
-    samples are assigned to the labels. Rows with the same label may stand in any order.
+    together. The features (M, D) that the labels were ``found_with`` are kept if they explain the
+    gradient. Otherwise the batch is solved again, with the ``options`` that the labels were found
+    with, and its samples are assigned to the labels; rows with the same label may stand in any
+    order.
 
     Raises :class:`InputError` for labels that are not those of the gradient, and
     :class:`IncompleteError` where its samples are not found.
     """
+    if found_with is not None and found_with.shape == (len(labels), weight.shape[1]):
+        logits = matmul(weight, found_with.T).T
+        p = torch.softmax(logits if bias is None else logits + bias.double(), 1)
+        residual = residual_of(grad_weight, p - labels, found_with, len(labels))
+        if residual <= _CONSISTENT:
+            return BatchFeatures(found_with, len(labels), residual, "label")
     found = recover_batch(
         grad_weight, weight, rank=rank, bias=bias, grad_bias=grad_bias, options=options
     )
