@@ -1,4 +1,4 @@
-"""The image fitted to the maps nearest to it that a walk recovered, rough first (§6f)."""
+"""The image fitted to the maps nearest to it that a walk recovered, smooth first (§6f)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from gradleak.calculus.annealing import annealed
 from gradleak.calculus.descent import DescentOptions, Residuals, descend
+from gradleak.calculus.prior import Bounds
 from gradleak.calculus.remaining import RemainingNetwork
 from gradleak.calculus.walk import Walk
 from gradleak.progress import Progress, Step
 
-# Images of at most this side are fitted at once; larger ones first on grids of half the side.
-_WHOLE, _COARSEST = 48, 14
-# Share of the time left that a coarser grid may take, and the sum of squares that it is done at.
-_SHARE, _COARSE_ENOUGH = 0.2, 1e-4
+# Share of the time that an image may be kept smooth, from a start that is far away.
+_SHARE = 0.7
 _MAPS = DescentOptions(steps=100, inner=30)
 # Then the gradients of the weights below join in, and at last the arithmetic is that of float64.
 _GRADIENTS = DescentOptions(steps=100, inner=40, damping=1e-4)
@@ -35,7 +34,9 @@ class Fitted:
     """An ``image`` (N, C, H, W), and how far it misses the maps, relative to them: ``residual``.
 
     ``expected`` is what the errors of the maps alone would leave, ``cuts`` name the maps, and
-    ``equations`` counts the numbers that the image had to meet.
+    ``equations`` counts the numbers that the image had to meet. ``smoother`` are images that miss
+    the maps by more, and may be nearer where the maps are noisy or few. The maps are ``met`` where
+    their errors explain what the image misses, and they have as many values as it has.
     """
 
     image: Tensor
@@ -44,6 +45,8 @@ class Fitted:
     cuts: tuple[str, ...]
     equations: int
     steps: int
+    met: bool = False
+    smoother: tuple[Tensor, ...] = ()
 
 
 def fit_image(
@@ -52,32 +55,24 @@ def fit_image(
     *,
     seconds: float,
     generator: torch.Generator,
+    bounds: Bounds | None = None,
     near: bool = False,
     accepted: Callable[[Tensor], bool] | None = None,
     progress: Progress | None = None,
 ) -> Fitted:
     """Fit the input of the network behind a finished ``walk``, from ``start`` (N, C, H, W).
 
-    A start that is ``near`` has its large structures right. ``seconds`` bounds the time, and an
-    image that is ``accepted`` ends it. ``progress`` is called with every step. Raises
-    :class:`IncompleteError` where no map below the logits was recovered.
+    A start that is ``near`` has its large structures right; ``bounds`` are those of the image.
+    ``seconds`` bounds the time, and an image that is ``accepted`` ends it. ``progress`` is called
+    with every step. Raises :class:`IncompleteError` where no map below the logits was recovered.
     """
     fit = _Fit(time.monotonic() + seconds, generator, progress)
     rough = RemainingNetwork(walk, dtype=torch.float32)
-    size = (start.shape[-2], start.shape[-1])
-    x = start.float()
-    for grid in [] if near else _grids(size):
-        x = _resized(x, grid)
-        options = replace(_MAPS, seconds=_SHARE * fit.left(), enough=_COARSE_ENOUGH)
-        x = fit.descend(
-            f"grid of {grid[0]}×{grid[1]}",
-            lambda u: rough.missed_maps(_resized(u, size)),
-            x,
-            options,
-        )
-    x = _resized(x, size)
-    enough = _enough(rough, torch.float32)
-    x = fit.descend("maps", rough.missed_maps, x, replace(_MAPS, enough=enough), accepted)
+    x, enough = start.float(), _enough(rough, torch.float32)
+    if not near:
+        x = fit.anneal(rough, x, bounds, enough, accepted)
+    if not fit.done:
+        x = fit.descend("maps", rough.missed_maps, x, replace(_MAPS, enough=enough), accepted)
     if not fit.done or (rough.map_equations() < x.numel() and not fit.accepted):
         # Maps with fewer values than the image has are met by many images.
         x = fit.descend("gradients", rough.missed, x, replace(_GRADIENTS, enough=enough), accepted)
@@ -94,6 +89,8 @@ def fit_image(
         cuts=tuple(cut.name for cut in fine.cuts),
         equations=fine.equations(),
         steps=fit.steps,
+        met=fit.done and fine.map_equations() >= x.numel(),
+        smoother=() if fit.done else tuple(image.double() for image in fit.smoother),
     )
 
 
@@ -103,10 +100,42 @@ class _Fit:
     def __init__(self, ends: float, generator: torch.Generator, progress: Progress | None) -> None:
         self._ends, self._generator, self._progress = ends, generator, progress
         self.done, self.accepted, self.steps = False, False, 0
+        self.smoother: tuple[Tensor, ...] = ()
 
     def left(self) -> float:
         """Return the seconds left."""
         return max(self._ends - time.monotonic(), 0.0)
+
+    def anneal(
+        self,
+        network: RemainingNetwork,
+        x: Tensor,
+        bounds: Bounds | None,
+        enough: float,
+        accepted: Callable[[Tensor], bool] | None,
+    ) -> Tensor:
+        """Go from ``x``, far away, to where smooth images lead, in a share of the time left.
+
+        Smoothness is withdrawn whole, also from an image that misses no more than ``enough``.
+        """
+
+        def note(step: int, squares: float) -> None:
+            if self._progress is not None:
+                self._progress(Step("fit: smooth first", step, None, squares))
+
+        found = annealed(
+            network.missed_maps,
+            x,
+            bounds,
+            seconds=_SHARE * self.left(),
+            enough=min(enough, network.noise()),
+            accepted=accepted,
+            progress=note,
+        )
+        self.done = found.accepted or found.squares <= enough
+        self.accepted, self.smoother = found.accepted, found.smoother
+        self.steps += found.steps
+        return found.x
 
     def descend(
         self,
@@ -129,22 +158,6 @@ class _Fit:
         self.done, self.accepted = found.done, found.accepted
         self.steps += found.steps
         return found.x
-
-
-def _grids(size: tuple[int, int]) -> list[tuple[int, int]]:
-    """Return the grids before the whole one, coarsest first; none for small images."""
-    grids: list[tuple[int, int]] = []
-    rows, columns = size
-    while max(rows, columns) > _WHOLE or (grids and min(rows, columns) > _COARSEST):
-        rows, columns = -(-rows // 2), -(-columns // 2)
-        grids.insert(0, (rows, columns))
-    return grids
-
-
-def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
-    if tuple(x.shape[-2:]) == size:
-        return x
-    return F.interpolate(x, size=size, mode="bicubic", align_corners=False)
 
 
 def _enough(network: RemainingNetwork, dtype: torch.dtype) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.errors import IncompleteError
-from gradleak.normalisation import denormalise
+from gradleak.normalisation import denormalise, normalise
 from gradleak.reconstruction.objectives import MatchingObjective
 from gradleak.reconstruction.options import MatchOptions, default_options
 
@@ -21,6 +21,8 @@ Progress = Callable[[int, int, float], None]
 # picture; piecewise linear ones must not, since all their kinks meet there.
 _SPREAD = {"adam": 1.0, "lbfgs": 0.1}
 _DECAY_AT, _DECAY = (3 / 8, 5 / 8, 7 / 8), 0.1
+# Steps from an image that is near are shorter: they are to end there, not to lose it.
+_SHORTER = 0.3
 _HISTORY = 100
 # torch's L-BFGS drops curvature pairs with yᵀs <= 1e-10, an absolute bound that an objective of
 # 1e-9 never passes: without this factor it stalls far from the picture.
@@ -57,6 +59,7 @@ def match_gradients(
     head: str | None = None,
     features: Tensor | None = None,
     options: MatchOptions | None = None,
+    start: Tensor | None = None,
     generator: torch.Generator,
     progress: Progress | None = None,
 ) -> MatchResult:
@@ -65,8 +68,9 @@ def match_gradients(
     ``gradients`` map parameters of ``model`` (eval mode) to their gradients and may hold only
     some; ``labels`` are the recovered (N, classes) and stay fixed; ``features`` (N, D) are the
     recovered inputs of the Linear layer ``head``, used if given; ``options`` None means
-    ``default_options``. The pictures stay in the box [0, 1], and the best iterate by the
-    objective is returned. ``progress`` is called after each evaluation with those made, their
+    ``default_options``. The first run begins at ``start`` (N, C, H, W) in [0, 1], if given, with
+    shorter steps; others at random. The pictures stay in the box [0, 1], and the best iterate by
+    the objective is returned. ``progress`` is called after each evaluation with those made, their
     greatest number, and the objective. Runs where the gradients are; the outcome depends on
     ``generator`` alone unless the time limit takes part.
 
@@ -92,13 +96,15 @@ def match_gradients(
     )
     run = _Run(objective, used.steps or 1, used.restarts, used.time_limit, progress)
     for restart in range(used.restarts):
-        start = torch.randn(
+        drawn = torch.randn(
             (labels.shape[0], *shape), generator=generator, device=generator.device
         ).to(objective.low)
+        x, rate = drawn * _SPREAD[used.optimiser], used.learning_rate or 1.0
+        if start is not None and restart == 0:
+            x, rate = normalise(start.to(drawn), mean, std), rate * (1.0 if smooth else _SHORTER)
         run.begin(restart)
-        x = objective.clamp(start * _SPREAD[used.optimiser])
         try:
-            (_descend_lbfgs if smooth else _descend_adam)(run, x, used.learning_rate or 1.0)
+            (_descend_lbfgs if smooth else _descend_adam)(run, objective.clamp(x), rate)
         except _Stop as stop:
             run.end(stop.reason)
         else:

@@ -28,6 +28,11 @@ from gradleak.stages.refining import noise_of, refined
 
 # An image whose gradient misses the given one by more is worth a try of matching.
 _FAR = 1e-2
+# One that meets noisy maps is as good as they are: kinks that fall otherwise leave so much.
+_MET = 0.1
+# One whose gradient misses the given one by less is where matching begins.
+_HALFWAY = 0.8
+_NAMES = {"embedding": "the position embedding", "peel": "the walk", "fit": "the fit"}
 # A fit whose gradient misses more, and more than noise explains, is one of many, or a wrong one.
 _UNEXPLAINED = 1e-3
 _MORE_THAN_NOISE = 1.5
@@ -68,14 +73,24 @@ def find_images(
             if method != "auto":
                 raise
     if method in ("auto", "match") and not any(_is_near(answer, given) for answer in answers):
-        answers.append(_by_matching(given, settings, seed, progress))
-    return min(answers, key=lambda answer: answer.certificate.relative)
+        begun = min(answers, key=_distance, default=None)
+        if begun is not None and not _distance(begun) < _HALFWAY:
+            begun = None
+        answers.append(_by_matching(given, settings, begun, seed, progress))
+    return min(answers, key=_distance)
+
+
+def _distance(answer: Answer) -> float:
+    return answer.certificate.relative
 
 
 def _is_near(answer: Answer, given: Given) -> bool:
     """Return whether an answer's gradient is near enough, or as near as noise lets it be."""
     noise = noise_of(answer, given) or 0.0
-    return answer.certificate.relative <= max(_FAR, _MORE_THAN_NOISE * noise)
+    near = max(_FAR, _MORE_THAN_NOISE * noise)
+    if answer.fitted is not None and answer.fitted.met:
+        near = max(near, _MET)
+    return _distance(answer) <= near
 
 
 def _by_embedding(given: Given) -> Answer:
@@ -132,13 +147,16 @@ def _by_walk(
         given.smooth_start(dice) if rough is None else rough,
         seconds=limit,
         generator=dice,
+        bounds=given.bounds(),
         near=rough is not None,
         accepted=given.is_read,
         progress=progress,
     )
-    answers = [given.answer("fit", image) for image in (fitted.image, rough) if image is not None]
-    best = min(answers, key=lambda answer: answer.certificate.relative)
-    if best.certificate.relative > max(_UNEXPLAINED, _AS_NOISY * walk.usual):
+    images = [image for image in (fitted.image, rough, *fitted.smoother) if image is not None]
+    best = min((given.answer("fit", image) for image in images), key=_distance)
+    if not (fitted.met and _distance(best) < _MET) and _distance(best) > max(
+        _UNEXPLAINED, _AS_NOISY * walk.usual
+    ):
         # Where many fit, or none was found, the smoothest is the likeliest; its gradient judges.
         smooth = smoothest_image(
             RemainingNetwork(walk),
@@ -148,7 +166,7 @@ def _by_walk(
             generator=dice,
             progress=progress,
         )
-        best = min(best, given.answer("fit", smooth), key=lambda a: a.certificate.relative)
+        best = min(best, given.answer("fit", smooth), key=_distance)
     best = replace(best, walk=walk, fitted=fitted)
     best = refined(best, given, _rest(limit, start), seed, progress)
     if is_blind_to_contrast(given.network) and best.certificate.relative <= _FAR:
@@ -179,9 +197,11 @@ def _estimated(walk: Walk, given: Given) -> tuple[float, float] | None:
 def _by_matching(
     given: Given,
     settings: MatchSettings,
+    begun: Answer | None,
     seed: int,
     progress: Progress | None,
 ) -> Answer:
+    """Match gradients, from the images of an answer that is halfway there if there is one."""
     mean, std = given.normalisation
 
     def note(done: int, total: int, objective: float) -> None:
@@ -198,10 +218,14 @@ def _by_matching(
         head=given.head,
         features=given.feature,
         options=settings.options(given.network, given.shape),
+        start=None if begun is None else begun.images,
         generator=torch.Generator(device=given.labels.device).manual_seed(seed),
         progress=note,
     )
-    return Answer("match", match.images, given.certify(match.images), match=match)
+    found = Answer("match", match.images, given.certify(match.images), match=match)
+    if begun is None:
+        return found
+    return replace(found, after=(f"begun at what {_NAMES[begun.method]} found",))
 
 
 def null_control(
