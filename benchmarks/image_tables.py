@@ -176,7 +176,7 @@ def _resnet18_batches(size: Size) -> Table:
 
 def _resnet18_large(size: Size) -> Table:
     rows = []
-    for net, level, seconds in ((nets.RESNET18_64, 30, 120.0), (nets.RESNET18_224, 25, 240.0)):
+    for net, level, seconds in ((nets.RESNET18_64, 30, 60.0), (nets.RESNET18_224, 25, 120.0)):
         cases = with_change(of_photographs(net, size.photographs), maps=True)
         rows.append(Row(net.title, f"≥ {level} dB", cases, at_least(level), seconds))
     return Table("resnet18-large", "Larger images through ResNet-18", rows, factor=1.0)

@@ -87,10 +87,12 @@ def _distance(answer: Answer) -> float:
 def _is_near(answer: Answer, given: Given) -> bool:
     """Return whether an answer's gradient is near enough, or as near as noise lets it be."""
     noise = noise_of(answer, given) or 0.0
-    near = max(_FAR, _MORE_THAN_NOISE * noise)
-    if answer.fitted is not None and answer.fitted.met:
-        near = max(near, _MET)
-    return _distance(answer) <= near
+    return _meets_its_maps(answer) or _distance(answer) <= max(_FAR, _MORE_THAN_NOISE * noise)
+
+
+def _meets_its_maps(answer: Answer) -> bool:
+    """Return whether a fit is as good as the errors of its maps let it be."""
+    return answer.fitted is not None and answer.fitted.met and _distance(answer) <= _MET
 
 
 def _by_embedding(given: Given) -> Answer:
@@ -153,10 +155,10 @@ def _by_walk(
         progress=progress,
     )
     images = [image for image in (fitted.image, rough, *fitted.smoother) if image is not None]
-    best = min((given.answer("fit", image) for image in images), key=_distance)
-    if not (fitted.met and _distance(best) < _MET) and _distance(best) > max(
-        _UNEXPLAINED, _AS_NOISY * walk.usual
-    ):
+    found = [replace(given.answer("fit", x), walk=walk, fitted=fitted) for x in images]
+    best = min(found, key=_distance)
+    explained = max(_UNEXPLAINED, _AS_NOISY * walk.usual)
+    if _distance(best) > explained and not _meets_its_maps(best):
         # Where many fit, or none was found, the smoothest is the likeliest; its gradient judges.
         smooth = smoothest_image(
             RemainingNetwork(walk),
@@ -166,8 +168,8 @@ def _by_walk(
             generator=dice,
             progress=progress,
         )
-        best = min(best, given.answer("fit", smooth), key=_distance)
-    best = replace(best, walk=walk, fitted=fitted)
+        smoothest = replace(given.answer("fit", smooth), walk=walk, fitted=fitted)
+        best = min(best, smoothest, key=_distance)
     best = refined(best, given, _rest(limit, start), seed, progress)
     if is_blind_to_contrast(given.network) and best.certificate.relative <= _FAR:
         best = with_contrast(best, given, _refined_by(seed, progress), seconds=limit)
