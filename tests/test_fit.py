@@ -137,7 +137,8 @@ def test_of_many_images_that_fit_the_smoothest_is_nearer_than_any(open_case: Cas
     any_image = fit_image(walk, start, seconds=20.0, generator=dice).image
     ends = torch.tensor([-2.0, 2.0], dtype=torch.float64).view(2, 1, 1, 1)
     bounds = Bounds(ends[:1], ends[1:])
-    found = smoothest_image(network, start, bounds, seconds=60.0, generator=dice)
+    dice = torch.Generator().manual_seed(0)  # of its own: what the fit draws is not its matter
+    found = smoothest_image(network, start, bounds, seconds=120.0, generator=dice)
     true = case.images.double()
     assert _psnr(found, true) > _psnr(any_image, true) + 5.0
     assert float(bounds.exceeded(found).max()) < 0.05
