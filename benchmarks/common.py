@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import platform
 import subprocess
@@ -48,8 +49,9 @@ class Run:
         """Wall-clock seconds since the start."""
         return time.perf_counter() - self.started
 
+    @functools.cached_property
     def facts(self) -> dict[str, str]:
-        """Return how, when and on what the figures were made."""
+        """How, when and on what the figures were made."""
         versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy"))
         return {
             "Command": self.command,
@@ -60,7 +62,7 @@ class Run:
 
     def header(self) -> list[str]:
         """Return the lines of the facts and of the time that the run took."""
-        facts = self.facts()
+        facts = dict(self.facts)
         command = facts.pop("Command")
         return [
             f"- Command: `{command}`",
@@ -70,11 +72,18 @@ class Run:
 
 
 def revision() -> str:
-    """Return the version of the package, and the commit where this is a checkout."""
-    git = ("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*")
-    found = subprocess.run(git, capture_output=True, text=True, check=False)
-    commit = f" ({found.stdout.strip()})" if found.returncode == 0 else ""
-    return f"{version('gradleak')}{commit}"
+    """Return the version of the package, and the commit if this is a checkout, + if changed."""
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ("git", "-C", str(ROOT), *words)
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    commit = git("rev-parse", "--short", "HEAD")
+    if commit.returncode:
+        return version("gradleak")
+    # Pages that a run has written do not change what it measures.
+    changed = git("diff", "--quiet", "HEAD", "--", "gradleak", "benchmarks", "tests").returncode
+    return f"{version('gradleak')} ({commit.stdout.strip()}{'+' if changed else ''})"
 
 
 def this_command() -> str:

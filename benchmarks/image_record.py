@@ -40,7 +40,7 @@ class Record:
 
     def add(self, row: str, outcome: Outcome, seconds: float, run: Run) -> None:
         """Write a case at the end. Runs side by side may do so."""
-        kept = asdict(Measured(row, outcome, seconds, run.facts()))
+        kept = asdict(Measured(row, outcome, seconds, run.facts))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(kept) + "\n")

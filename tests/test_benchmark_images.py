@@ -162,6 +162,16 @@ def test_a_record_keeps_cases_and_the_runs_they_are_from(tmp_path: Path) -> None
     assert record.outcomes() == {"others": [one]}
 
 
+def test_the_pages_of_a_run_do_not_make_it_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run("python one")
+    facts = dict(run.facts)
+    monkeypatch.setattr("common.revision", lambda: "changed meanwhile")
+    assert run.facts == facts
+    assert "Command" in run.facts
+    assert run.header()[0] == "- Command: `python one`"
+    assert "Command" in run.facts
+
+
 def test_a_run_that_is_resumed_measures_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
