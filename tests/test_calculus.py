@@ -11,10 +11,11 @@ from photographs import crops
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradleak.calculus.gates import GatedLayer, read_gate, read_sign, settle
+from gradleak.calculus.gates import Gate, GatedLayer, read_gate, read_sign
 from gradleak.calculus.layer import layer_of
 from gradleak.calculus.logits import rounded_delta
 from gradleak.calculus.pooled import pooled_gate
+from gradleak.calculus.settle import settle
 from gradleak.calculus.solve import LayerEquations, solve_input
 from gradleak.calculus.trace import trace
 from gradleak.calculus.walk import walk_down
@@ -253,7 +254,7 @@ def gated(
 def test_a_gate_is_settled_by_the_gradient_below_it(noise: float) -> None:
     for seed in range(3):
         value, std, mask, layer, below = gated(noise, seed)
-        settled = settle(read_gate(value, std), layer, [], 1e-7, 1e-9)
+        settled = settle(read_gate(value, std), layer, [], 1e-9)
         assert bool((settled.mask == mask).all())
         assert float((settled.solution.x - below).abs().max()) < 1e-5
 
@@ -264,18 +265,17 @@ def test_a_leaky_gate_is_settled_by_the_gradient_below_it(noise: float) -> None:
         value, std, mask, layer, below = gated(noise, seed, closed=0.1)
         read = read_sign(value, std)
         assert not bool((read.mask == mask).all())
-        settled = settle(read, layer, [], 1e-7, 1e-9)
+        settled = settle(read, layer, [], 1e-9)
         assert bool((settled.mask == mask).all())
         assert float((settled.solution.x - below).abs().max()) < 1e-5
 
 
 def test_a_mistaken_unit_is_found_by_the_residual() -> None:
     value, std, mask, layer, _ = gated(1e-6, 0)
-    gate = read_gate(value, std)
-    wrong = gate.mask.clone()
+    odds = read_gate(value, std).odds.clamp(-20.0, 20.0)
     for unit in ((0, 3, 7), (1, 20, 30), (0, 3, 20)):
-        wrong[unit] = ~wrong[unit]
-    settled = settle(type(gate)(wrong, gate.certain & False, gate.doubtful), layer, [], 1e-7, 1e-9)
+        odds[unit] = -odds[unit]
+    settled = settle(Gate(odds), layer, [], 1e-9)
     assert bool((settled.mask == mask).all())
     assert settled.changed == 3
 

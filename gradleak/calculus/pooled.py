@@ -27,8 +27,8 @@ _TAPS = 9
 _CENTRE, _WEST, _EAST, _NORTH, _SOUTH = 4, 3, 5, 1, 7
 # Entries of δ above the pooling that are this much smaller than the largest say too little.
 _SMALL = 1e-2
-# A unit is in doubt when its share of v is neither near one nor near zero.
-_SURE = 0.15
+# A unit whose share of v is within this of one or zero is sure, by odds of so many nats.
+_SURE, _ODDS, _UNSURE = 0.15, 30.0, 5.0
 _FRACTIONS = [0.05 * k for k in range(1, 30)]
 
 
@@ -62,11 +62,10 @@ def pooled_gate(layer: GatedLayer) -> Gate | None:
         patches = least_squares(rows, flat[large])
         small = least_squares(patches.mT, flat[~large].mT).mT
         share[~large] = small / per_channel[~large, None]
-    off = (share - 0.5).abs()
-    doubtful = ((off < 0.5 - _SURE) | (share.abs() > 1.0 + _SURE)).nonzero()
-    order = off[doubtful[:, 0], doubtful[:, 1]].argsort()
-    units = torch.cat([torch.zeros_like(doubtful[:, :1]), doubtful], 1)[order]
-    return Gate((share > 0.5)[None], torch.zeros_like(share, dtype=torch.bool)[None], units)
+    odds = _ODDS * (2.0 * share - 1.0)
+    # A share that is neither near one nor near zero tells little, on whichever side it lies.
+    beside = ((share - 0.5).abs() - 0.5).abs()
+    return Gate(torch.where(beside > _SURE, odds.clamp(-_UNSURE, _UNSURE), odds)[None])
 
 
 def _is_same_convolution(window: Window) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from gradleak.calculus.gates import Gate, GatedLayer, read_gate, read_sign, settle
+from gradleak.calculus.gates import Gate, GatedLayer, read_gate, read_sign
 from gradleak.calculus.joint import solve_jointly, too_many
 from gradleak.calculus.layer import Estimate, Layer, Stopped, layer_of
 from gradleak.calculus.logits import rounded_delta
@@ -29,6 +29,7 @@ from gradleak.calculus.readers import (
     weight_of,
 )
 from gradleak.calculus.record import Barrier, PeeledMap
+from gradleak.calculus.settle import settle
 from gradleak.calculus.solve import LayerEquations, Solution, solve_input
 from gradleak.calculus.trace import Operation, Trace, trace
 from gradleak.calculus.widened import Widened
@@ -40,6 +41,8 @@ _LOST = 0.05
 # A residual of so many roundings of the gradient tells of no mistake, nor does one of so many times
 # the largest so far.
 _ROUNDINGS, _JUMP = 80.0, 2.0
+# Halves are rounded once, when sent; the arithmetic before is single precision.
+_SINGLE = torch.finfo(torch.float32).eps
 # Roundings of the gradient that every residual may have.
 _USUAL = 4.0
 # After so many maps, a gated layer has a wrong mask if it leaves that many times what is allowed.
@@ -141,7 +144,9 @@ class Walk:
         self._progress = progress
         self._guesses: dict[int, Tensor] = {}
         self._unit = unit
-        self._noise = unit  # the relative error of the gradients, as the residuals show it
+        self._noise = min(
+            unit, _SINGLE
+        )  # the relative error of the gradients, as the residuals show it
         self._deltas = {steps.logits: delta.double()}
         self._values: dict[int, Estimate] = {}
         self._masks: dict[int, Tensor] = {}
@@ -189,7 +194,7 @@ class Walk:
     @property
     def usual(self) -> float:
         """The relative residual that the gradient's own noise leaves."""
-        return max(_USUAL * self._unit, self._noise)
+        return max(_USUAL * min(self._unit, _SINGLE), self._noise)
 
     @property
     def precision(self) -> float:
@@ -241,8 +246,8 @@ class Walk:
             return gate.mask
         tensor, (maker, layer), readers = below
         others = gradient_equations([r for r in readers if r is not maker], self)
-        allowed = max(_ROUNDINGS * self._unit, _JUMP * self._noise)
-        settled = settle(gate, layer, others, allowed, self._unit)
+        allowed = max(_ROUNDINGS * min(self._unit, _SINGLE), _JUMP * self._noise)
+        settled = settle(gate, layer, others, self._unit)
         if settled.solution.determined:
             if settled.solution.residual > _TORN * allowed and len(self.maps) >= _SURE:
                 raise Stopped(

@@ -1,0 +1,241 @@
+"""The units of a rectifier settled by the gradient of the layer below it (§6d).
+
+Below a rectifier δ is known up to its mask, and the map above leaves units near zero in doubt. The
+layer below has more equations than its input has unknowns, so a wrong unit leaves something of the
+gradient: its own δ times what its window reads, in its own channel, and by way of the input, which
+it spoils, a little in all others. The worst mistakes spoil most. So they are mended first, and the
+input is solved for again before the next are looked for; what a unit gains by changing sides is
+weighed against its odds. Channels that leave more than others when nothing gains any more were led
+astray by two mistakes that look like a third: they are left out, and begun anew with the input that
+the others agree on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradleak.calculus.gates import Gate, GatedLayer
+from gradleak.calculus.solve import LayerEquations, Solution, solve_input
+from gradleak.linalg import matmul
+
+# Units whose odds are longer (nats) are sure; in a channel that fits nowhere, only these are.
+_SURE, _SUREST = 16.0, 60.0
+# Changes that gain that share of the best are made together, one a channel.
+_TOGETHER = 0.5
+_CHANGES, _REPAIRS = 300, 12
+# After so many changes without a smaller residual there is nothing to be found.
+_PATIENCE = 10
+# A channel that leaves that many times the squares of the median has a mistake.
+_OUTLYING = 2.0
+# Variance of the rounding of a number, relative to the spacing at it.
+_ROUNDING = 1.0 / 12.0
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A gate's final ``mask`` (N, O, P), the input below it, and how many units ``changed``."""
+
+    mask: Tensor
+    solution: Solution
+    changed: int
+
+
+def settle(
+    gate: Gate, layer: GatedLayer, others: Sequence[LayerEquations], precision: float
+) -> Settled:
+    """Settle the units of ``gate`` by the gradient of the ``layer`` below it.
+
+    ``others`` are equations of other layers on the same input; ``precision`` is the relative
+    rounding of the gradients.
+    """
+    units = _Units(gate, layer, others, precision)
+    mask = units.odds > 0.0
+    solved = units.solve(mask)
+    if solved.determined:
+        mask, solved = _changed(units, mask, solved)
+        mask, solved = _repaired(units, mask, solved)
+    final = units.folded(mask)
+    return Settled(final, solved, int((final != gate.mask).sum()))
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What an input leaves of each channel, for one mask.
+
+    Of the patches that the units' windows read, ``gram`` (U, U) has the products, and ``along``
+    (O, U) those with what is left of each channel, whose squares are ``left`` (O,).
+    """
+
+    gram: Tensor
+    along: Tensor
+    left: Tensor
+
+
+class _Units:
+    """The units of a rectifier by channel (O, U), U the places of all samples."""
+
+    def __init__(
+        self,
+        gate: Gate,
+        layer: GatedLayer,
+        others: Sequence[LayerEquations],
+        precision: float,
+    ) -> None:
+        self._layer, self._others, self._precision = layer, others, precision
+        self._shape = layer.coefficient.shape
+        self.odds = self._flat(gate.odds.to(layer.coefficient))
+        self.step = self._flat(layer.step)
+        self._base = layer.closed * self._flat(layer.coefficient)
+        self._matrix = layer.gradient.flatten(1)
+        self.sizes = layer.equations(gate.mask).sizes().square()
+        self.entries = self._matrix.shape[1]
+        rows = sum(e.delta.shape[1] * e.window.taps for e in (layer.equations(gate.mask), *others))
+        # Of what a wrong unit leaves, the input takes up this share, as it does of all.
+        self.kept = max(1.0 - self._shape[0] * layer.window.places / rows, 0.1)
+
+    def _flat(self, tensor: Tensor) -> Tensor:
+        return tensor.transpose(0, 1).flatten(1)
+
+    def folded(self, mask: Tensor) -> Tensor:
+        """Return a mask (O, U) as (N, O, P)."""
+        samples, channels, places = self._shape
+        return mask.view(channels, samples, places).transpose(0, 1)
+
+    def solve(self, mask: Tensor, without: Tensor | None = None) -> Solution:
+        """Solve for the input, of all channels or ``without`` some (O,)."""
+        equations = self._layer.equations(self.folded(mask))
+        if without is not None:
+            equations = equations.without(without)
+        return solve_input([equations, *self._others], self._precision)
+
+    def look(self, mask: Tensor, x: Tensor) -> _Look:
+        """Look at what the input ``x`` (N, C, places) leaves."""
+        patches = self._layer.window.patches(x).movedim(3, 1).flatten(2).flatten(0, 1)
+        gram = patches @ patches.mT
+        along = matmul(self._matrix, patches.mT) - (self.step * mask + self._base) @ gram
+        return _Look(gram, along, self.left(mask, x))
+
+    def left(self, mask: Tensor, x: Tensor) -> Tensor:
+        """Return (O,) the squares of what the input ``x`` leaves of each channel."""
+        return self._layer.equations(self.folded(mask)).misfits(x).square()
+
+    def noise(self, left: Tensor) -> float:
+        """Return the variance of an entry of the gradient, by what is ``left`` of channels."""
+        rounding = _ROUNDING * self._precision**2 * self.sizes.mean()
+        return max(float(left.median()), float(rounding), 1e-300) / self.entries
+
+    def gains(self, mask: Tensor, look: _Look, noise: float, kept: float) -> Tensor:
+        """Return (O, U) half the squares that units take away by changing sides, with odds."""
+        side = 1.0 - 2.0 * mask.to(self.step)
+        fits = side * self.step * look.along
+        size = 0.5 * kept * self.step.square() * look.gram.diagonal()
+        gains: Tensor = fits - size + side * noise * self.odds
+        return gains
+
+
+def _changed(units: _Units, mask: Tensor, solved: Solution) -> tuple[Tensor, Solution]:
+    """Change the units that gain most, and solve again, until none gains."""
+    plausible = units.odds.abs() < _SURE
+    best, best_solved, waited = mask, solved, 0
+    for _ in range(_CHANGES if bool(plausible.any()) else 0):
+        look = units.look(mask, solved.x)
+        noise = units.noise(look.left)
+        gains = units.gains(mask, look, noise, units.kept).masked_fill(~plausible, -torch.inf)
+        most, which = gains.max(1)
+        threshold = max(_TOGETHER * float(most.max()), noise)
+        rows = (most >= threshold).nonzero().flatten()
+        if not len(rows):
+            break
+        mask = mask.clone()
+        mask[rows, which[rows]] ^= True
+        solved = units.solve(mask)
+        if not solved.determined:
+            break
+        waited = 0 if solved.residual < best_solved.residual else waited + 1
+        if waited == 0:
+            best, best_solved = mask, solved
+        elif waited > _PATIENCE:
+            break
+    return best, best_solved
+
+
+def _repaired(units: _Units, mask: Tensor, solved: Solution) -> tuple[Tensor, Solution]:
+    """Begin the channels that do not fit anew, with the input on which the others agree."""
+    most = max(len(mask) // 2, 1)
+    for _ in range(_REPAIRS):
+        left = units.left(mask, solved.x)
+        noise = units.noise(left)
+        bad = left > _OUTLYING * noise * units.entries
+        if int(bad.sum()) > most:
+            bad = torch.zeros_like(bad).index_fill(0, left.topk(most).indices, True)
+        agreed = units.solve(mask, bad) if bool(bad.any()) else solved
+        if not bool(bad.any()) or not agreed.determined:
+            break
+        mended = _begun_anew(units, mask, bad, agreed.x)
+        if bool((mended == mask).all()):
+            break
+        again = units.solve(mended)
+        if not again.determined or again.residual >= solved.residual:
+            break
+        mask, solved = mended, again
+    return mask, solved
+
+
+def _begun_anew(units: _Units, mask: Tensor, bad: Tensor, x: Tensor) -> Tensor:
+    """Settle the ``bad`` channels (O,) one by one for the input ``x``, and keep what fits better.
+
+    Each begins from its odds, from where it is, and where that does not do, with more in doubt.
+    """
+    given = units.odds > 0.0
+    here, odd = units.look(mask, x), units.look(given, x)
+    noise = units.noise(here.left[~bad])
+    mended = mask.clone()
+    for channel in bad.nonzero().flatten().tolist():
+        fewest = float(here.left[channel])
+        for sure in (_SURE, _SUREST):
+            for start, look in ((given, odd), (mask, here)):
+                found, left = _descended(units, channel, start, look, noise, sure)
+                if left < fewest:
+                    fewest, mended[channel] = left, found
+            if fewest <= _OUTLYING * noise * units.entries:
+                break
+    return mended
+
+
+def _descended(
+    units: _Units, channel: int, start: Tensor, look: _Look, noise: float, sure: float
+) -> tuple[Tensor, float]:
+    """Change units of one channel, one or two at a time, as long as it gains.
+
+    Returns the channel's mask (U,), and what is left of it.
+    """
+    mask, left = start[channel].clone(), float(look.left[channel])
+    free = (units.odds[channel].abs() < sure).nonzero().flatten()
+    if not len(free):
+        return mask, left
+    step, odds = units.step[channel, free], units.odds[channel, free]
+    gram, along = look.gram[free][:, free], look.along[channel, free].clone()
+    size, own = step.square() * gram.diagonal(), mask[free]
+    for _ in range(2 * len(free)):
+        side = 1.0 - 2.0 * own.to(step)
+        fits = side * step * along - 0.5 * size
+        single = fits + side * noise * odds
+        pairs = single[:, None] + single - (side * step)[:, None] * (side * step) * gram
+        pairs.diagonal().copy_(single)
+        one, both = divmod(int(pairs.argmax()), len(free))
+        gain = float(pairs[one, both])
+        if gain <= noise:
+            break
+        if float(single.max()) >= gain - noise:
+            one = both = int(single.argmax())
+        for unit in {one, both}:
+            change = side[unit] * step[unit]
+            left += float(change.square() * gram[unit, unit] - 2.0 * change * along[unit])
+            along -= change * gram[unit]
+            own[unit] ^= True
+    mask[free] = own
+    return mask, left
