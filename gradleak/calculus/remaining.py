@@ -30,7 +30,7 @@ class Cut:
     """A recovered map: what the operation called ``name`` put out.
 
     ``tensor`` is the one to compare with ``target``; where ``open`` (all, if None) is False, it is
-    only known not to exceed zero. ``weight`` makes what is missed relative to the whole, entry by
+    only known not to exceed that, or zero. ``weight`` makes what is missed relative to the whole, entry by
     entry; ``noise`` is what the errors of the target alone leave of it, squared and summed;
     ``delta`` is ∂loss/∂tensor.
     """
@@ -47,7 +47,7 @@ class Cut:
         """Return what ``value`` misses of the target, or of the bound."""
         left = value - self.target
         if self.open is not None:
-            left = torch.where(self.open, left, torch.relu(value))
+            left = torch.where(self.open, left, torch.relu(value - self.target.clamp(min=0.0)))
         return left * self.weight
 
 

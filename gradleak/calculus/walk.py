@@ -45,6 +45,8 @@ _ROUNDINGS, _JUMP = 80.0, 2.0
 _SINGLE = torch.finfo(torch.float32).eps
 # Roundings of the gradient that every residual may have.
 _USUAL = 4.0
+# A unit with odds beyond this (nats) is clear of the errors of its map.
+_CLEAR = 10.0
 # After so many maps, a gated layer has a wrong mask if it leaves that many times what is allowed.
 _SURE, _TORN = 3, 4.0
 
@@ -259,12 +261,13 @@ class Walk:
         return settled.mask
 
     def open(self, operation: Operation) -> Tensor:
-        """Return which units (N, …) of a rectifier were open, as far as its output tells."""
-        settled = self._masks.get(operation.output)
-        if settled is not None:
-            return settled
+        """Return which units (N, …) of a rectifier were open, as far as its output tells.
+
+        Units near zero are not among them, whatever the layer below showed: their values are hardly
+        more than errors, and all wrong where it was mistaken.
+        """
         gate = _gate(operation, self.value(operation.output))
-        return gate.mask.view(self.shapes[operation.output])
+        return (gate.odds > _CLEAR).view(self.shapes[operation.output])
 
     def _read(self, operation: Operation, below: GatedLayer | None) -> Gate:
         """Read the gate of a rectifier off its output or, under pooling, off the layer below."""

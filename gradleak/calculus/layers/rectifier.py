@@ -26,7 +26,7 @@ class Rectifier(Layer):
 
     def value_below(self, operation: Operation, value: Estimate, walk: Walking) -> Estimate | None:
         """Return the input where the unit was open; elsewhere it is only known not to be."""
-        mask = walk.mask(operation)
+        mask = walk.mask(operation) & walk.open(operation)
         known = mask if value.known is None else mask & value.known
         return Estimate(value.value, value.std, known)
 
