@@ -94,7 +94,8 @@ def test_every_stage_against_the_truth(fcn: Path, recovered: Path, tmp_path: Pat
     assert sample["label"]["top_k"] is True
     assert sample["features"].keys() == {"fc1", "fc2", "fc3", "fc4"}
     assert max(sample["features"].values()) < 1e-5
-    assert sample["image"]["psnr"] > 80
+    psnr = sample["image"]["psnr"]
+    assert psnr is None or psnr > 80  # JSON has no infinity
     assert sample["image"]["identical_8bit"] is True
     assert "resized" in done.object["image_note"]
     none = run_cli("score", fcn, "--truth", truth)

@@ -25,7 +25,7 @@ from gradleak.progress import Progress, Step
 # Roundness of the kinks, relative to the spread of what meets them, round by round: the image is
 # decided early, the equations are met late.
 _EARLY = tuple(0.5 * 0.8**number for number in range(15))
-_LATE = tuple(0.01 * 0.4**number for number in range(4))
+_LATE = tuple(0.01 * 0.4**number for number in range(10))
 # Slopes below this share of the roundness count as flat, those below the second in any case.
 _FLAT, _FLATTEST = 0.3, 0.01
 # Weight of what leaves the bounds, beside the slopes.
