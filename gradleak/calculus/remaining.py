@@ -30,8 +30,8 @@ class Cut:
     """A recovered map: what the operation called ``name`` put out.
 
     ``tensor`` is the one to compare with ``target``; where ``open`` (all, if None) is False, it is
-    only known not to exceed that, or zero. ``weight`` makes what is missed relative to the whole, entry by
-    entry; ``noise`` is what the errors of the target alone leave of it, squared and summed;
+    only known not to exceed that, or zero. ``weight`` makes what is missed relative to the whole,
+    entry by entry; ``noise`` is what the errors of the target alone leave of it, squared, summed;
     ``delta`` is ∂loss/∂tensor.
     """
 
