@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gradleak.calculus.gates import Gate, GatedLayer
+from gradleak.calculus.pairs import best_changes
 from gradleak.calculus.solve import LayerEquations, Solution, solve_input
 from gradleak.linalg import matmul
 
@@ -27,6 +28,8 @@ _SURE, _SUREST = 16.0, 60.0
 # Changes that gain that share of the best are made together, one a channel.
 _TOGETHER = 0.5
 _CHANGES, _REPAIRS = 300, 12
+# Changes of one or two units in one channel.
+_MOST = 200
 # After so many changes without a smaller residual there is nothing to be found.
 _PATIENCE = 10
 # A channel that leaves that many times the squares of the median has a mistake.
@@ -94,7 +97,7 @@ class _Units:
         self.sizes = layer.equations(gate.mask).sizes().square()
         self.entries = self._matrix.shape[1]
         rows = sum(e.delta.shape[1] * e.window.taps for e in (layer.equations(gate.mask), *others))
-        # Of what a wrong unit leaves, the input takes up this share, as it does of all.
+        # The input takes up some of what a wrong unit leaves, as of all; this share remains.
         self.kept = max(1.0 - self._shape[0] * layer.window.places / rows, 0.1)
 
     def _flat(self, tensor: Tensor) -> Tensor:
@@ -220,22 +223,16 @@ def _descended(
     step, odds = units.step[channel, free], units.odds[channel, free]
     gram, along = look.gram[free][:, free], look.along[channel, free].clone()
     size, own = step.square() * gram.diagonal(), mask[free]
-    for _ in range(2 * len(free)):
+    for _ in range(_MOST):
         side = 1.0 - 2.0 * own.to(step)
-        fits = side * step * along - 0.5 * size
-        single = fits + side * noise * odds
-        pairs = single[:, None] + single - (side * step)[:, None] * (side * step) * gram
-        pairs.diagonal().copy_(single)
-        one, both = divmod(int(pairs.argmax()), len(free))
-        gain = float(pairs[one, both])
-        if gain <= noise:
+        ways = side * step
+        single = ways * along - 0.5 * size + side * noise * odds
+        changes = best_changes(single, ways[:, None] * ways * gram, noise)
+        if not changes:
             break
-        if float(single.max()) >= gain - noise:
-            one = both = int(single.argmax())
-        for unit in {one, both}:
-            change = side[unit] * step[unit]
-            left += float(change.square() * gram[unit, unit] - 2.0 * change * along[unit])
-            along -= change * gram[unit]
+        for unit in changes:
+            left += float(ways[unit].square() * gram[unit, unit] - 2.0 * ways[unit] * along[unit])
+            along -= ways[unit] * gram[unit]
             own[unit] ^= True
     mask[free] = own
     return mask, left

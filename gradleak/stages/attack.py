@@ -91,8 +91,9 @@ def _is_near(answer: Answer, given: Given) -> bool:
 
 
 def _meets_its_maps(answer: Answer) -> bool:
-    """Return whether a fit is as good as the errors of its maps let it be."""
-    return answer.fitted is not None and answer.fitted.met and _distance(answer) <= _MET
+    """Return whether a walk or a fit is as good as the errors of its maps let it be."""
+    met = answer.walk is not None if answer.fitted is None else answer.fitted.met
+    return met and _distance(answer) <= _MET
 
 
 def _by_embedding(given: Given) -> Answer:

@@ -19,8 +19,9 @@ from gradleak.calculus.maxpool.stem import PooledConvolution
 
 # Logarithm of what excludes a choice.
 NEVER = -1e30
-# Standard deviations within which two values are taken for one, and beyond which they exclude.
-_TIE, _EXCLUDE = 40.0, 400.0
+# Standard deviations within which two values are taken for one, and beyond which they exclude; so
+# many times as many where no closed window shows how large errors are.
+_TIE, _EXCLUDE, _BLIND = 8.0, 16.0, 5.0
 # Rounding of a float32 forward pass, relative to the value and to the largest.
 _ROUNDING, _FLOOR = 6e-7, 2e-9
 # Log odds against an entry of its own for a window that ties with another, and against a window
@@ -75,10 +76,12 @@ def find_candidates(stem: PooledConvolution) -> Candidates:
     value, std = stem.joined(stem.value), stem.joined(stem.std)
     entries = stem.samples * stem.windows
     place = stem.pools.mT
-    sure, maybe = _opened(stem, value, std)
+    edge = max(float((-value / std).amax()), _LEAST_NOISE)
+    sure, maybe = _opened(stem, value, std, edge)
+    worse = edge / _LEAST_NOISE if stem.rectified else _BLIND
     if stem.rectified:
         value = torch.where(maybe, value.clamp(min=0.0), 0.0)
-    error = std + (_ROUNDING * value.abs() + _FLOOR * value.abs().amax()) / _TIE
+    error = worse * std + (_ROUNDING * value.abs() + _FLOOR * value.abs().amax()) / _TIE
     bound = _over_entries(value, place, entries, "amin")
     around = F.pad(_over_entries(error, place, entries, "amax"), (0, 1))[:, place]
     error = torch.maximum(around, error[:, :, None])
@@ -105,13 +108,17 @@ def find_candidates(stem: PooledConvolution) -> Candidates:
     )
 
 
-def _opened(stem: PooledConvolution, value: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which windows (O, N·Q) are surely open, and which may well be."""
+def _opened(
+    stem: PooledConvolution, value: Tensor, std: Tensor, edge: float
+) -> tuple[Tensor, Tensor]:
+    """Return which windows (O, N·Q) are surely open, and which may well be.
+
+    ``edge`` is the largest error of a closed one, in standard deviations.
+    """
     if not stem.rectified:
         every = torch.ones_like(value, dtype=torch.bool)
         return every, every
     ratio = value / std
-    edge = max(float((-ratio).amax()), _LEAST_NOISE)
     below = -ratio[ratio < 0.0]
     noise = float(below.kthvalue(max(1, int(0.9 * len(below)))).values) if len(below) else 1.0
     return ratio > _SURE * edge, ratio > min(_MAYBE * max(noise, 1.0), edge)

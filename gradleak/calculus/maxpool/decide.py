@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradleak.calculus.maxpool.candidates import Candidates
-from gradleak.calculus.maxpool.choices import refine_choices
+from gradleak.calculus.maxpool.choices import mend_choices, refine_choices
 from gradleak.calculus.maxpool.equations import Equations
 from gradleak.calculus.maxpool.precondition import Preconditioner
 from gradleak.calculus.maxpool.stem import PooledConvolution
@@ -24,8 +24,10 @@ from gradleak.calculus.maxpool.stem import PooledConvolution
 # ends them.
 _ROUNDS, _GAIN = 10, 0.7
 # A channel with that many times the median misfit (of squares) is decided by its gradient; these
-# are the temperatures, and the misfit from which that is worth doing.
-_OUTLYING, _HEATS, _NEAR = 64.0, (1e8, 1e4, 1e2, 1.0), 1e-3
+# are the temperatures, and the misfit from which that is worth doing, or so many times the usual.
+_OUTLYING, _HEATS, _NEAR, _NOISE = 64.0, (1e8, 1e4, 1e2, 1.0), 1e-3, 10.0
+# Channels with so many times the median are mended window by window, so many of them.
+_WRONG, _MENDED = 4.0, 64
 # What fits within that many times the usual residual is taken for right.
 JUMP = 20.0
 # Nothing that is missed by more is, however noisy the data.
@@ -63,8 +65,7 @@ def decide(
     ``usual`` is the relative residual that the data's noise leaves. At the time ``ends`` it is
     given up.
     """
-    delta = stem.joined(stem.delta)
-    last = math.inf
+    last, mended = math.inf, None
     before: Preconditioner | None = None
     found: Decision | None = None
     for _ in range(_ROUNDS):
@@ -76,21 +77,21 @@ def decide(
         width = _width(candidates, apart)
         log_odds = candidates.prior - (apart / width).square().clamp(max=1e12) / 2.0
         now = _judged(stem, candidates, x, patches, candidates.best(log_odds), before)
+        if mended is not None:
+            now = _better(stem, candidates, now, mended)
         median = float(now.misfit.median())
-        near = median <= _NEAR**2 * float(stem.gradient.square().mean())
+        enough = max(_NEAR, _NOISE * usual) ** 2
+        near = median <= enough * float(stem.gradient.square().mean())
         if near and bool((now.misfit > _OUTLYING * median).any()):
-            noise = now.misfit.new_full((len(now.misfit), 1), 4.0 * median)
-            tried = now.choices
-            order = range(stem.pools.shape[1])
-            for heat in _HEATS:
-                tried = refine_choices(
-                    stem, candidates, delta, patches, tried, log_odds / heat, noise * heat, [order]
-                )
-            other = _judged(stem, candidates, x, patches, candidates.best(tried.log()), before)
-            better = (other.misfit < now.misfit)[:, None, None]
-            mixed = torch.where(better, other.choices, now.choices)
-            now = _judged(stem, candidates, x, patches, mixed, before)
+            tried = _cooled(stem, candidates, patches, now.choices, log_odds, median)
+            now = _better(stem, candidates, now, tried)
+        if near:
             median = float(now.misfit.median())
+            wrong = now.misfit.topk(min(_MENDED, len(now.misfit))).indices
+            wrong = wrong[now.misfit[wrong] > _WRONG * median]
+            mended = mend_choices(stem, candidates, patches, now.choices, log_odds, median, wrong)
+            now = _better(stem, candidates, now, mended)
+            mended, median = now.choices, float(now.misfit.median())
         done = now.fits(usual)
         if done and found is not None and now.residual >= _GAIN * found.residual:
             return min(found, now, key=lambda d: d.residual)
@@ -138,6 +139,35 @@ def _judged(
         beside=float(beside / torch.linalg.vector_norm(candidates.value[sure])),
         before=before,
     )
+
+
+def _cooled(
+    stem: PooledConvolution,
+    candidates: Candidates,
+    patches: Tensor,
+    choices: Tensor,
+    log_odds: Tensor,
+    noise: float,
+) -> Tensor:
+    """Return the ``choices`` that a mean field cools down to."""
+    variance = choices.new_full((len(choices), 1), 4.0 * noise)
+    delta, order = stem.joined(stem.delta), range(stem.pools.shape[1])
+    for heat in _HEATS:
+        choices = refine_choices(
+            stem, candidates, delta, patches, choices, log_odds / heat, variance * heat, [order]
+        )
+    return candidates.best(choices.log())
+
+
+def _better(
+    stem: PooledConvolution, candidates: Candidates, now: Decision, choices: Tensor
+) -> Decision:
+    """Take over other ``choices`` in the channels where they fit better."""
+    patches = stem.patches(now.x)
+    other = _judged(stem, candidates, now.x, patches, choices, now.before)
+    better = (other.misfit < now.misfit)[:, None, None]
+    mixed = torch.where(better, other.choices, now.choices)
+    return _judged(stem, candidates, now.x, patches, mixed, now.before)
 
 
 def _trusting(

@@ -15,11 +15,11 @@ from gradleak.calculus.maxpool.decide import decide
 from gradleak.calculus.maxpool.stem import PooledConvolution
 
 # A gradient missed by more is too far from a decision for one to be tried; after one that did not
-# settle, the next is tried when the miss has shrunk by that factor.
-_FAR, _NEARER = 0.03, 0.5
+# settle, the next is tried when the miss has shrunk by that factor. No miss is smaller than noise.
+_FAR, _NEARER, _NOISE = 0.03, 0.5, 4.0
 # Rounds of an attempt, for each sample and one more. An attempt whose best miss has not shrunk by a
 # tenth in so many rounds is given up.
-_ROUNDS, _PATIENCE, _PROGRESS = 25, 20, 0.9
+_ROUNDS, _PATIENCE, _PROGRESS = 60, 20, 0.9
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def recover_input(
     best, missed = stem.zeros(), math.inf
     for attempt in range(attempts):
         dice = torch.Generator().manual_seed(seed + attempt)
-        worth, least, since = _FAR, math.inf, 0
+        worth, least, since = max(_FAR, _NOISE * usual), math.inf, 0
         for approach in anneal(stem, candidates, rounds, dice):
             if approach.misfit < missed:
                 best, missed = approach.x, approach.misfit
