@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -268,6 +269,33 @@ def test_a_leaky_gate_is_settled_by_the_gradient_below_it(noise: float) -> None:
         settled = settle(read, layer, [], 1e-9)
         assert bool((settled.mask == mask).all())
         assert float((settled.solution.x - below).abs().max()) < 1e-5
+
+
+def test_the_odds_of_a_gate_are_right() -> None:
+    dice = torch.Generator().manual_seed(0)
+    before = torch.randn(1, 200, 400, generator=dice, dtype=torch.float64)
+    std = torch.full_like(before, 0.02)
+    noisy = before.clamp(min=0.0) + std * torch.randn(before.shape, generator=dice).double()
+    odds = read_gate(noisy, std).odds
+    for low, high in ((-3.0, -1.0), (-1.0, 1.0), (1.0, 3.0)):
+        here = (odds > low) & (odds < high)
+        share = float((before[here] > 0.0).double().mean())
+        assert abs(share - float(torch.sigmoid(odds[here]).mean())) < 0.1
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_gate_is_settled_under_a_noisy_gradient(seed: int) -> None:
+    value, std, mask, layer, _ = gated(0.01, seed)
+    size = layer.gradient.square().mean().sqrt()
+    dice = torch.Generator().manual_seed(1)
+    noise = torch.randn(layer.gradient.shape, generator=dice, dtype=torch.float64)
+    layer = replace(layer, gradient=layer.gradient + 1e-3 * size * noise)
+    read = read_gate(value, std)
+    wrong = int((read.mask != mask).sum())
+    settled = settle(read, layer, [], 1e-7)
+    assert wrong > 30
+    assert int((settled.mask != mask).sum()) < wrong / 8
+    assert settled.solution.residual < 1e-3
 
 
 def test_a_mistaken_unit_is_found_by_the_residual() -> None:

@@ -110,6 +110,15 @@ def test_delta_below_the_pool_is_that_of_autograd() -> None:
     assert torch.allclose(delta, truth.double(), atol=1e-6)
 
 
+@pytest.mark.parametrize("noise", [1e-4, 1e-3, 3e-3])
+def test_under_noise_the_gradient_is_met_to_the_noise(noise: float) -> None:
+    pictures = images(1)
+    found = walk(network("conv norm relu pool"), pictures, noise)
+    assert found.image is not None
+    assert found.maps[-1].residual < 2.0 * noise
+    assert float((found.image - pictures).square().mean().sqrt()) < 10.0 * noise
+
+
 def test_noise_is_not_taken_for_an_answer() -> None:
     found = walk(network("conv norm relu pool"), images(1), noise=0.3)
     assert found.image is None

@@ -28,8 +28,8 @@ _SURE, _SUREST = 16.0, 60.0
 # Changes that gain that share of the best are made together, one a channel.
 _TOGETHER = 0.5
 _CHANGES, _REPAIRS = 300, 12
-# Changes of one or two units in one channel.
-_MOST = 200
+# Changes of one or two units in one channel, and steps towards shares.
+_MOST, _SHARING = 200, 400
 # After so many changes without a smaller residual there is nothing to be found.
 _PATIENCE = 10
 # A channel that leaves that many times the squares of the median has a mistake.
@@ -191,7 +191,8 @@ def _repaired(units: _Units, mask: Tensor, solved: Solution) -> tuple[Tensor, So
 def _begun_anew(units: _Units, mask: Tensor, bad: Tensor, x: Tensor) -> Tensor:
     """Settle the ``bad`` channels (O,) one by one for the input ``x``, and keep what fits better.
 
-    Each begins from its odds, from where it is, and where that does not do, with more in doubt.
+    Each begins from its odds, from where it is, from shares between open and closed, and where
+    none of them does, with more units in doubt.
     """
     given = units.odds > 0.0
     here, odd = units.look(mask, x), units.look(given, x)
@@ -200,39 +201,67 @@ def _begun_anew(units: _Units, mask: Tensor, bad: Tensor, x: Tensor) -> Tensor:
     for channel in bad.nonzero().flatten().tolist():
         fewest = float(here.left[channel])
         for sure in (_SURE, _SUREST):
-            for start, look in ((given, odd), (mask, here)):
-                found, left = _descended(units, channel, start, look, noise, sure)
-                if left < fewest:
-                    fewest, mended[channel] = left, found
+            starts = [
+                _Channel(units, channel, given, odd, sure),
+                _Channel(units, channel, mask, here, sure),
+                _Channel(units, channel, given, odd, sure).shared(noise),
+            ]
+            for start in starts:
+                found = start.descended(noise)
+                if found.left < fewest:
+                    fewest, mended[channel] = found.left, found.mask
             if fewest <= _OUTLYING * noise * units.entries:
                 break
     return mended
 
 
-def _descended(
-    units: _Units, channel: int, start: Tensor, look: _Look, noise: float, sure: float
-) -> tuple[Tensor, float]:
-    """Change units of one channel, one or two at a time, as long as it gains.
+class _Channel:
+    """The units of one channel that are in doubt, for one input: their ``mask`` (U,) as it goes.
 
-    Returns the channel's mask (U,), and what is left of it.
+    ``left`` are the squares of what it leaves of the channel's gradient.
     """
-    mask, left = start[channel].clone(), float(look.left[channel])
-    free = (units.odds[channel].abs() < sure).nonzero().flatten()
-    if not len(free):
-        return mask, left
-    step, odds = units.step[channel, free], units.odds[channel, free]
-    gram, along = look.gram[free][:, free], look.along[channel, free].clone()
-    size, own = step.square() * gram.diagonal(), mask[free]
-    for _ in range(_MOST):
-        side = 1.0 - 2.0 * own.to(step)
-        ways = side * step
-        single = ways * along - 0.5 * size + side * noise * odds
-        changes = best_changes(single, ways[:, None] * ways * gram, noise)
-        if not changes:
-            break
-        for unit in changes:
-            left += float(ways[unit].square() * gram[unit, unit] - 2.0 * ways[unit] * along[unit])
-            along -= ways[unit] * gram[unit]
-            own[unit] ^= True
-    mask[free] = own
-    return mask, left
+
+    def __init__(
+        self, units: _Units, channel: int, start: Tensor, look: _Look, sure: float
+    ) -> None:
+        self.mask, self.left = start[channel].clone(), float(look.left[channel])
+        self._free = (units.odds[channel].abs() < sure).nonzero().flatten()
+        self._step = units.step[channel, self._free]
+        self._odds = units.odds[channel, self._free]
+        self._gram = look.gram[self._free][:, self._free]
+        self._along = look.along[channel, self._free].clone()
+
+    def descended(self, noise: float) -> _Channel:
+        """Change one or two units at a time, as long as it gains."""
+        size = self._step.square() * self._gram.diagonal()
+        for _ in range(_MOST):
+            side = 1.0 - 2.0 * self.mask[self._free].to(self._step)
+            ways = side * self._step
+            single = ways * self._along - 0.5 * size + side * noise * self._odds
+            changes = best_changes(single, ways[:, None] * ways * self._gram, noise)
+            if not changes:
+                break
+            self._change(torch.tensor(changes, device=ways.device))
+        return self
+
+    def shared(self, noise: float) -> _Channel:
+        """Let every unit be open by a share, which is a convex problem, and round the answer."""
+        normal = self._step[:, None] * self._step * self._gram
+        if len(normal) and float(normal.trace()) > 0.0:
+            begun = self.mask[self._free].to(self._step)
+            pull = self._step * self._along + noise * self._odds + normal @ begun
+            length = 1.0 / torch.linalg.matrix_norm(normal, 2)
+            share, ahead = begun, begun
+            for number in range(_SHARING):  # Beck and Teboulle 2009: accelerated, projected
+                now = (ahead + length * (pull - normal @ ahead)).clamp(0.0, 1.0)
+                ahead, share = now + number / (number + 3.0) * (now - share), now
+            self._change(((share > 0.5) != (begun > 0.5)).nonzero().flatten())
+        return self
+
+    def _change(self, which: Tensor) -> None:
+        own = self._free[which]
+        ways = (1.0 - 2.0 * self.mask[own].to(self._step)) * self._step[which]
+        seen = self._gram[which]
+        self.left += float(ways @ seen[:, which] @ ways - 2.0 * ways @ self._along[which])
+        self._along -= ways @ seen
+        self.mask[own] ^= True

@@ -34,6 +34,7 @@ from gradleak.calculus.solve import LayerEquations, Solution, solve_input
 from gradleak.calculus.trace import Operation, Trace, trace
 from gradleak.calculus.widened import Widened
 from gradleak.errors import IncompleteError
+from gradleak.linalg import outer_residual
 from gradleak.progress import Progress, Step
 
 # Residual beyond which a map is not taken for recovered at all.
@@ -158,6 +159,10 @@ class Walk:
         head = steps.producer(steps.logits)
         if head is not None:
             wide = feature.double()
+            name = weight_of(head)
+            if name is not None and name in gradients:
+                left = outer_residual(gradients[name], self._deltas[steps.logits].mT, wide)
+                self._noise = max(self._noise, min(left, _LOST))
             std = torch.full_like(wide, float(unit * wide.abs().amax()))
             self._values[head.inputs[0]] = Estimate(wide, std)
 
