@@ -135,7 +135,7 @@ def _by_walk(
             given.answer("peel", walk.image), walk=walk, estimated=_estimated(walk, given)
         )
         answer = refined(answer, given, _rest(limit, start), seed, progress)
-        if answer.certificate.relative > _FAR:
+        if answer.certificate.relative > _FAR and not _meets_its_maps(answer):
             return answer
         return with_levels(answer, given, seconds=_rest(limit, start), seed=seed)
     if method == "peel":

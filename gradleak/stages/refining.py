@@ -35,6 +35,8 @@ _AS_NOISY = 4.0
 _NOISY, _ROUNDINGS = 2e-6, 16.0
 # An image that leaves less than this part of the noise shows that it is none.
 _FREE = 0.25
+# The likeliest image leaves the noise, and no more than that many times as much.
+_ALL = 1.25
 # Root mean square of the difference of neighbouring pixels, black 0 and white 1.
 _SLOPE = 0.1
 
@@ -61,8 +63,11 @@ def refined(
         # What the walk left was no noise: the gradients are met more closely than that.
         found = _descended(found, given, None, max(ends - time.monotonic(), 0.0), seed, progress)
         noise = None
-    if noise is None and found.certificate.relative >= answer.certificate.relative:
+    before = answer.certificate.relative
+    if noise is None and found.certificate.relative >= before:
         return answer
+    if noise is not None and found.certificate.relative > max(before, _ALL * noise):
+        return answer  # led astray at kinks: it is not noise alone that it leaves
     how = "refined on all gradients" if noise is None else "made the likeliest under the noise"
     return replace(found, estimated=None, after=(*answer.after, how))
 
