@@ -8,6 +8,7 @@ from photographs import centre
 from torch import Tensor, nn
 
 import gradleak
+from gradleak.bundle import IMAGE
 from gradleak.models.spec import ModelSpec
 from gradleak.reconstruction.options import MatchSettings
 from gradleak.softlabels import soft_label
@@ -103,16 +104,35 @@ def test_a_picture_from_half_precision_is_one_of_many_and_is_said_to_be() -> Non
     assert gradleak.reconstruct(bundle, model=network, settings=SHORT).warning is None
 
 
-def test_noise_that_cannot_support_exactness_is_warned_of() -> None:
-    network = whole(1)
-    bundle = captured(network)
+def noisy(bundle: gradleak.Bundle, level: float) -> gradleak.Bundle:
+    """Return the bundle with noise of a ``level`` relative to each gradient's root mean square."""
     dice = torch.Generator().manual_seed(0)
-    noisy = {}
+    found = {}
     for name in bundle.names("grad/"):
         gradient = bundle.tensor(f"grad/{name}")
         size = gradient.square().mean().sqrt()
-        noisy[f"grad/{name}"] = gradient + 1e-3 * size * torch.randn(gradient.shape, generator=dice)
-    outcome = gradleak.reconstruct(bundle.extended(noisy), model=network, settings=SHORT)
+        found[f"grad/{name}"] = gradient + level * size * torch.randn(
+            gradient.shape, generator=dice
+        )
+    return bundle.extended(found)
+
+
+def test_noise_that_cannot_support_exactness_is_warned_of() -> None:
+    network = whole(1)
+    outcome = gradleak.reconstruct(noisy(captured(network), 1e-3), model=network, settings=SHORT)
     assert outcome.verdict == "approximate"
     assert outcome.warning is not None
     assert "noise" in outcome.warning
+
+
+def test_masks_are_settled_and_the_picture_refined_under_noise() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(64 * 256, 10),
+    )  # fmt: skip
+    outcome = gradleak.reconstruct(noisy(captured(network), 1e-2), model=network, settings=SHORT)
+    assert outcome.method == "peel"
+    assert "made the likeliest under the noise" in outcome.reason
+    missed = outcome.bundle.tensor(IMAGE) - centre("chelsea", 16)
+    assert float(missed.square().mean()) < 1e-4
