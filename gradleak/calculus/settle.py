@@ -23,7 +23,9 @@ from gradleak.calculus.pairs import best_changes
 from gradleak.calculus.solve import LayerEquations, Solution, solve_input
 from gradleak.linalg import matmul
 
-# Units whose odds are longer (nats) are sure; in a channel that fits nowhere, only these are.
+# Where all odds (nats) are longer, as without noise, only channels that do not fit are looked at.
+_DOUBTFUL = 10.0
+# Units whose odds are longer are sure; in a channel that fits nowhere, only these are.
 _SURE, _SUREST = 16.0, 60.0
 # Changes that gain that share of the best are made together, one a channel.
 _TOGETHER = 0.5
@@ -34,8 +36,9 @@ _MOST, _SHARING = 200, 400
 _PATIENCE = 10
 # A channel that leaves that many times the squares of the median has a mistake.
 _OUTLYING = 2.0
-# Variance of the rounding of a number, relative to the spacing at it.
-_ROUNDING = 1.0 / 12.0
+# Or it may be rounding: of the gradient, so many times its variance relative to the spacing, and of
+# the arithmetic before, so many roundings of single precision.
+_ROUNDING, _MANY, _ROUNDINGS = 1.0 / 12.0, 4.0, 16.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ def settle(
     mask = units.odds > 0.0
     solved = units.solve(mask)
     if solved.determined:
-        mask, solved = _changed(units, mask, solved)
+        if bool((units.odds.abs() < _DOUBTFUL).any()):
+            mask, solved = _changed(units, mask, solved)
         mask, solved = _repaired(units, mask, solved)
     final = units.folded(mask)
     return Settled(final, solved, int((final != gate.mask).sum()))
@@ -131,6 +135,13 @@ class _Units:
         rounding = _ROUNDING * self._precision**2 * self.sizes.mean()
         return max(float(left.median()), float(rounding), 1e-300) / self.entries
 
+    def rounding(self) -> Tensor:
+        """Return (O,) the squares that rounding may leave of each channel."""
+        single = _ROUNDINGS * min(self._precision, torch.finfo(torch.float32).eps)
+        sent = (_MANY * _ROUNDING) ** 0.5 * self._precision
+        squares: Tensor = max(single, sent) ** 2 * self.sizes.clamp(min=float(self.sizes.mean()))
+        return squares
+
     def gains(self, mask: Tensor, look: _Look, noise: float, kept: float) -> Tensor:
         """Return (O, U) half the squares that units take away by changing sides, with odds."""
         side = 1.0 - 2.0 * mask.to(self.step)
@@ -144,7 +155,7 @@ def _changed(units: _Units, mask: Tensor, solved: Solution) -> tuple[Tensor, Sol
     """Change the units that gain most, and solve again, until none gains."""
     plausible = units.odds.abs() < _SURE
     best, best_solved, waited = mask, solved, 0
-    for _ in range(_CHANGES if bool(plausible.any()) else 0):
+    for _ in range(_CHANGES):
         look = units.look(mask, solved.x)
         noise = units.noise(look.left)
         gains = units.gains(mask, look, noise, units.kept).masked_fill(~plausible, -torch.inf)
@@ -172,7 +183,7 @@ def _repaired(units: _Units, mask: Tensor, solved: Solution) -> tuple[Tensor, So
     for _ in range(_REPAIRS):
         left = units.left(mask, solved.x)
         noise = units.noise(left)
-        bad = left > _OUTLYING * noise * units.entries
+        bad = left > (_OUTLYING * noise * units.entries + units.rounding())
         if int(bad.sum()) > most:
             bad = torch.zeros_like(bad).index_fill(0, left.topk(most).indices, True)
         agreed = units.solve(mask, bad) if bool(bad.any()) else solved
@@ -196,7 +207,7 @@ def _begun_anew(units: _Units, mask: Tensor, bad: Tensor, x: Tensor) -> Tensor:
     """
     given = units.odds > 0.0
     here, odd = units.look(mask, x), units.look(given, x)
-    noise = units.noise(here.left[~bad])
+    noise, rounding = units.noise(here.left[~bad]), units.rounding()
     mended = mask.clone()
     for channel in bad.nonzero().flatten().tolist():
         fewest = float(here.left[channel])
@@ -210,7 +221,7 @@ def _begun_anew(units: _Units, mask: Tensor, bad: Tensor, x: Tensor) -> Tensor:
                 found = start.descended(noise)
                 if found.left < fewest:
                     fewest, mended[channel] = found.left, found.mask
-            if fewest <= _OUTLYING * noise * units.entries:
+            if fewest <= _OUTLYING * noise * units.entries + float(rounding[channel]):
                 break
     return mended
 
