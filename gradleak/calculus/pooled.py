@@ -36,7 +36,7 @@ def pooled_gate(layer: GatedLayer) -> Gate | None:
     """Find the mask (1, O, P) above ``layer``, whose coefficient is the same at all its places.
 
     None where this does not apply: more than one sample, a leaky rectifier, another kernel than
-    3×3 with stride and padding 1, more places than channels.
+    3×3 with stride and padding 1, more places than channels, nothing that comes down.
     """
     coefficient, gradient = layer.coefficient[0], layer.gradient
     channels, places = coefficient.shape
@@ -46,6 +46,7 @@ def pooled_gate(layer: GatedLayer) -> Gate | None:
         or layer.closed != 0.0
         or not _is_same_convolution(layer.window)
         or places > min(channels, gradient.shape[1])
+        or not bool(per_channel.any())
         or not torch.allclose(coefficient, per_channel[:, None].expand_as(coefficient))
     ):
         return None

@@ -59,6 +59,8 @@ def forward_equations(readers: Sequence[Operation], walk: Walking) -> list[Forwa
         known = output.known
         if known is None:
             known = torch.ones_like(output.value, dtype=torch.bool)
+        if not bool(known.any()):
+            continue
 
         def apply(x: Tensor, reader: Operation = reader) -> Tensor:
             return reader.run([x], walk.state)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class Decision:
 
     ``misfit`` (O,) are mean squares of what is left of the gradient, ``residual`` and ``beside``
     the relative size of that and of what is left of the pooled values; ``before`` is the
-    preconditioner of the last equations, None before any were solved.
+    preconditioner of the equations that the choices make, or of the last ones, None before any.
     """
 
     x: Tensor
@@ -103,6 +103,7 @@ def decide(
         if near:
             before = equations.preconditioner()
             x = equations.solved(x, before, ends)
+            found = None if found is None else replace(found, before=before)
         else:  # what is wrong still is worth no more
             x = equations.approached(x, _ROUGHLY, 1e-11)
     return found
