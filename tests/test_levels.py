@@ -8,10 +8,8 @@ from photographs import crops
 
 import gradleak
 from gradleak.models.build import build_model
-from gradleak.normalisation import normalise
 from gradleak.reconstruction.options import MatchSettings
-from gradleak.softlabels import soft_label
-from gradleak.stages import attack, levels, refining
+from gradleak.stages import attack, refining
 
 
 def noisy(level: float) -> tuple[gradleak.Bundle, torch.Tensor]:
@@ -69,33 +67,3 @@ def test_what_was_done_to_a_noisy_picture_is_said() -> None:
     found = gradleak.reconstruct(bundle, model=model, settings=MatchSettings(time_limit=20.0))
     assert "likeliest under the noise" in found.reason
     assert "set to levels of 8 bits" in found.reason
-
-
-def test_levels_tell_factors_and_mixtures_of_pictures() -> None:
-    images = (crops(24, 3, torch.Generator().manual_seed(6)) * 255).round() / 255
-    normalisation = ([0.4, 0.5, 0.6], [0.2, 0.25, 0.3])
-    true = normalise(images.double(), *normalisation)
-    inputs = torch.stack(
-        [1.043 * true[0], 0.9921 * true[1] + 0.013 * true[2], 1.00217 * true[2] - 0.008 * true[1]]
-    )
-    labels = torch.eye(5)[[0, 3, 3]]
-    found = levels.unmixed_by_levels(inputs, labels, normalisation)
-    assert found is not None
-    assert torch.equal(found, images.float())
-    labels = torch.eye(5)[[0, 3, 4]]  # of different classes, which do not mix
-    assert levels.unmixed_by_levels(inputs, labels, normalisation) is None
-
-
-def test_three_of_one_class_come_back_with_their_labels() -> None:
-    network = build_model("fcn4", classes=50, size=32, seed=1)
-    images = (crops(32, 4, torch.Generator().manual_seed(9)) * 255).round() / 255
-    labels = torch.stack([soft_label([(k, 1.0)], 50, 0.1) for k in (7, 7, 7, 30)])
-    captured = gradleak.capture(network, images, labels)
-    bundle = gradleak.recover_feature(gradleak.recover_label(captured.bundle).bundle).bundle
-    found = gradleak.reconstruct(bundle, settings=MatchSettings(time_limit=20.0))
-    assert (found.verdict, found.method) == ("unique", "mlp")
-    assert "set to levels of 8 bits" in found.reason
-    order = torch.cdist(images.flatten(1), found.images.flatten(1)).argmin(1)
-    assert torch.equal(found.images[order], images.float())
-    recovered = found.bundle.tensor("label/soft")
-    assert float((recovered[order] - labels).abs().max()) < 1e-4

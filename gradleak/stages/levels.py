@@ -10,7 +10,6 @@ which leaves them less to be wrong by; and so on.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -30,11 +29,6 @@ _ENOUGH, _ALL_BUT = 0.5, 0.9
 # The right picture leaves all of the noise; the likeliest image, which has fitted some, a part.
 _FITTED = 1.25
 _ROUNDS = 4
-# Factors that are tried, one more or less by so much at most, and the steps between them: coarse,
-# and around the best of those.
-_MOST, _STEP, _FINE_STEP, _AROUND = 0.1, 1e-4, 2e-6, 60
-# Of two samples, so many steps both ways, of these sizes in turn; and values that are looked at.
-_MIXING, _MIXING_STEPS, _SAMPLED = 100, (5e-4, 2e-5, 1e-6), 1024
 _DESCENT = DescentOptions(steps=6, inner=60, damping=1e-6)
 
 
@@ -92,68 +86,6 @@ def between_levels(images: Tensor) -> int:
     off = torch.minimum(off, 1.0 - off)
     between = int((off > _NEAR_LEVEL).sum())
     return between if between <= (1.0 - _ALL_BUT) * off.numel() else 0
-
-
-def unmixed_by_levels(
-    inputs: Tensor, labels: Tensor, normalisation: tuple[Sequence[float], Sequence[float]]
-) -> Tensor | None:
-    """Return the pictures of 8 bits behind ``inputs`` (N, C, H, W) that their labels' errors spoil.
-
-    Where a network has no biases, an error of a sample's label is a factor of its features down to
-    the picture, and two samples of one class mix a little; the levels tell how. ``labels`` are
-    (N, classes). None where one sample's do not.
-    """
-    classes = labels.argmax(1)
-    pictures = []
-    for n, one in enumerate(inputs):
-        others = (classes == classes[n]).nonzero()[:, 0].tolist()
-        picture = _scaled(one[None], normalisation)
-        for m in others:
-            if picture is None and m != n:
-                picture = _unmixed(one[None], inputs[m][None], normalisation)
-        if picture is None:
-            return None
-        pictures.append(picture)
-    return torch.cat(pictures)
-
-
-def _scaled(one: Tensor, normalisation: tuple[Sequence[float], Sequence[float]]) -> Tensor | None:
-    """Return the picture of 8 bits that ``one`` input (1, C, H, W) is but for a factor."""
-    factor = 1.0
-    for reach, step in ((_MOST, _STEP), (_AROUND * _FINE_STEP, _FINE_STEP)):
-        count = round(reach / step)
-        tried = [factor + step * k for k in range(-count, count + 1)]
-        factor = min(tried, key=lambda f: _off_levels(denormalise(f * one, *normalisation)))
-    return with_eight_bits(denormalise(factor * one, *normalisation).clamp(0.0, 1.0))
-
-
-def _unmixed(
-    one: Tensor, other: Tensor, normalisation: tuple[Sequence[float], Sequence[float]]
-) -> Tensor | None:
-    """Return the picture that a little of ``other`` (1, C, H, W) and a factor make of ``one``."""
-    base = denormalise(torch.zeros_like(one), *normalisation)
-    first = ((denormalise(one, *normalisation) - base) * LEVELS).flatten()
-    second = ((denormalise(other, *normalisation) - base) * LEVELS).flatten()
-    base = (base * LEVELS).flatten()
-    every = max(1, len(first) // _SAMPLED)
-    factor, share = 1.0, 0.0
-    for step in _MIXING_STEPS:
-        tried = step * torch.arange(-_MIXING, _MIXING + 1, dtype=one.dtype, device=one.device)
-        shares = (share + tried)[:, None] * second[::every]
-        off = []
-        for f in (factor + tried).tolist():
-            levels = base[::every] + f * first[::every] + shares
-            off.append((levels - levels.round()).square().mean(1))
-        best = int(torch.stack(off).argmin())
-        factor += float(tried[best // len(tried)])
-        share += float(tried[best % len(tried)])
-    found = denormalise(factor * one + share * other, *normalisation)
-    return with_eight_bits(found.clamp(0.0, 1.0))
-
-
-def _off_levels(images: Tensor) -> float:
-    levels = images * LEVELS
-    return float((levels - levels.round()).square().sum())
 
 
 def _met(misfits: Residuals, fixed: Tensor, free: Tensor, seconds: float, seed: int) -> Tensor:

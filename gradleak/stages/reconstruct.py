@@ -28,8 +28,9 @@ from gradleak.reconstruction.resimulate import GradientResidual
 from gradleak.stages.answers import Answer, Given, nearest, with_eight_bits
 from gradleak.stages.attack import find_images, null_control, twice_differentiable
 from gradleak.stages.feature import BundleLayers
-from gradleak.stages.levels import between_levels, unmixed_by_levels
+from gradleak.stages.levels import between_levels
 from gradleak.stages.network import head_feature, input_shape, network_of, normalisation_of
+from gradleak.stages.unmixing import unmixed_by_levels
 
 Verdict = Literal["unique", "ambiguous", "approximate"]
 # Dtypes whose rounding, and noise that a walk met, from which 8-bit values are off.
@@ -39,7 +40,7 @@ _NOISY = 5e-5
 _SAME_LABEL = 0.1
 # Pictures that all lie on levels of 8 bits and miss the gradient by no more have nothing to gain.
 _CLOSE = 1e-3
-_UNMIXED = "set to levels of 8 bits, by a factor each and by what samples of a class mix"
+_UNMIXED = "set to levels of 8 bits, which tell how much of each other the samples had"
 METHODS = ("auto", "mlp", "embedding", "peel", "fit", "match")
 
 
