@@ -11,8 +11,8 @@ from torch import Tensor
 from gradleak.labels.batch.closed import Progress, solve_closed
 from gradleak.labels.batch.joint import solve_jointly
 from gradleak.labels.batch.judge import describe, explains, incomplete, judge, residual_of
-from gradleak.labels.batch.polish import STEPS, Labels, polish
-from gradleak.labels.batch.rows import read_rows
+from gradleak.labels.batch.polish import STEPS, Labels, Polished, polish
+from gradleak.labels.batch.rows import read_rows, read_shared_rows
 from gradleak.labels.batch.samples import ROUNDS, Found, find_mass, find_samples
 from gradleak.labels.batch.simplify import prune, simplify
 from gradleak.labels.batch.subspace import Subspace, subspace_of
@@ -26,6 +26,10 @@ from gradleak.softlabels import MIXED, Family
 _LARGEST_SUPPORT = 2
 # A mass this near the expected one, relative, is that.
 _SAME_MASS = 1e-2
+# Of a thousand equations to spare, noise does not leave so many times as much to the right answer.
+_RIVAL = 1.5
+# Labels (as vectors) nearer to one another are one.
+_SAME_LABEL = 1e-2
 # How far below zero rounding may carry an entry of a label.
 _OUTSIDE = 1e-3
 
@@ -125,11 +129,42 @@ def _read(
     """Return coordinates and labels as the rows tell them, if they explain the gradient."""
     for read in read_rows(whole, counted=options.counted):
         pruned = prune(whole, *read)
-        solved = polish(whole, *pruned)
-        inside = float(solved.labels.dense().min()) > -_OUTSIDE
-        if inside and solved.freedom > 0 and explains(whole, solved):
+        if _is_answer(whole, polish(whole, *pruned)):
             return pruned
     return None
+
+
+def _read_shared(
+    whole: Subspace, options: LabelOptions, progress: Progress | None
+) -> tuple[Tensor, Labels] | None:
+    """Return what one way to share classes out makes of the rows, if no other explains them as well.
+
+    Where N is not known, a sample more would leave the same rows.
+    """
+    explained = []
+    for read in read_shared_rows(whole) if options.counted else ():
+        solved = polish(whole, *read)
+        if _is_answer(whole, solved):
+            explained.append(solved)
+    if not explained:
+        return None
+    best = min(explained, key=lambda solved: solved.misfit)
+    rivals = [other for other in explained if other.misfit < _RIVAL * best.misfit]
+    if any(not _same_labels(best, other) for other in rivals):
+        return None
+    return prune(whole, best.a, best.labels)
+
+
+def _is_answer(whole: Subspace, solved: Polished) -> bool:
+    """Return whether the samples explain the gradient, with labels that are some."""
+    inside = float(solved.labels.dense().min()) > -_OUTSIDE
+    return inside and solved.freedom > 0 and explains(whole, solved)
+
+
+def _same_labels(one: Polished, other: Polished) -> bool:
+    """Return whether two answers have the same labels, in any order."""
+    apart = torch.cdist(one.labels.dense(), other.labels.dense())
+    return float(apart.amin(0).max()) < _SAME_LABEL
 
 
 def _from_moments(
@@ -141,7 +176,7 @@ def _from_moments(
 
 
 # In this order.
-_DIRECT = {"rows": _read, "moments": _from_moments}
+_DIRECT = {"rows": _read, "shared rows": _read_shared, "moments": _from_moments}
 
 
 def _first_round(

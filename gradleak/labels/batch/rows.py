@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from gradleak.labels.batch.polish import Labels, labels_of
+from gradleak.labels.batch.sharing import share_out
 from gradleak.labels.batch.subspace import Subspace
 
 _ROUNDS = 60
@@ -69,15 +70,13 @@ def _settled(
 ) -> tuple[Tensor, Labels] | None:
     """Find features and p in turn until they agree, or None."""
     rows = whole.left * whole.values
-    heights = rows @ unit
-    mean = rows.T @ heights / heights.square().sum()  # its last entry is one
-    own = whole.samples * whole.probabilities(mean)[:, None] * mean
+    own = _of_the_mean(whole, unit, rows)
     a: Tensor | None = None
     moved = math.inf
     for round_ in range(_ROUNDS):
         short, free = _shortfall(rows - own / whole.mass, unit)
         labelled = _labelled(short @ unit)
-        if not whole.samples <= len(labelled) <= whole.classes * (1.0 - _FREE):
+        if not _suffice(whole, labelled):
             return None
         short = short[labelled]
         height = short @ unit
@@ -114,6 +113,37 @@ def _settled(
         values.append(row[taken])
     smoothed = torch.ones(whole.samples, dtype=torch.bool)
     return a, labels_of(whole.classes, supports, values, smoothed)
+
+
+def read_shared_rows(whole: Subspace) -> Iterator[tuple[Tensor, Labels]]:
+    """Yield coordinates (N, n) and labels for each way in which samples may share classes.
+
+    For a batch of which N is known, with a bias gradient and a known loss scale, whose samples
+    hardly move the softmax: it is taken to be that of their mean.
+    """
+    unit = whole.unit_row
+    if unit is None or not whole.mass_known or whole.size != whole.samples:
+        return
+    rows = whole.left * whole.values
+    short, _ = _shortfall(rows - _of_the_mean(whole, unit, rows) / whole.mass, unit)
+    labelled = _labelled(short @ unit)
+    if not _suffice(whole, labelled):
+        return
+    height = short[labelled] @ unit
+    sample = _nearest(short[labelled] / height[:, None] / whole.values, height, whole.samples)
+    yield from share_out(whole, whole.mass * short[labelled], labelled, sample)
+
+
+def _of_the_mean(whole: Subspace, unit: Tensor, rows: Tensor) -> Tensor:
+    """Return Σ p_n a_nᵀ (C, n) of samples that are all as their mean is."""
+    heights = rows @ unit
+    mean = rows.T @ heights / heights.square().sum()  # its last entry is one
+    return whole.samples * whole.probabilities(mean)[:, None] * mean
+
+
+def _suffice(whole: Subspace, labelled: Tensor) -> bool:
+    """Return whether there are classes with a label for all samples, and enough without one."""
+    return whole.samples <= len(labelled) <= whole.classes * (1.0 - _FREE)
 
 
 def _unshared(a: Tensor, weights: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
