@@ -113,15 +113,39 @@ def test_a_class_of_a_hard_and_of_a_mixed_label_is_shared_out() -> None:
     check_exact(found, labels, x)
 
 
+def deep_network(outputs: int, seed: int) -> torch.nn.Module:
+    """Return eight layers as torch initialises them, which bring all pictures nearly together."""
+    torch.manual_seed(seed)
+    widths = (3 * 256, 256, 128, 128, 64, 64, 64, 48, outputs)
+    layers: list[torch.nn.Module] = [torch.nn.Flatten()]
+    for inputs, outputs_ in pairwise(widths):
+        layers += [torch.nn.Linear(inputs, outputs_), torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers[:-1])
+
+
+SHARED = {
+    "smooth and mixed": [[(3, 1.0)], [(9, 0.6), (3, 0.4)], [(11, 1.0)], [(20, 1.0)]],
+    "mixed between two": [[(3, 1.0)], [(9, 0.7), (3, 0.3)], [(9, 0.8), (20, 0.2)], [(11, 1.0)]],
+}
+
+
+@pytest.mark.parametrize("labels", SHARED.values(), ids=SHARED)
+def test_a_class_that_a_mixed_label_shares_is_shared_out(
+    labels: list[list[tuple[int, float]]],
+) -> None:
+    smooth = [0.1 * (len(weights) == 1) for weights in labels]
+    soft = torch.stack([soft_label(w, 40, s) for w, s in zip(labels, smooth, strict=True)])
+    images = crops(16, len(labels), torch.Generator().manual_seed(1))
+    captured = gradleak.capture(deep_network(40, 1), images, soft)
+    found = gradleak.recover_label(captured.bundle, batch_size=len(labels)).result
+    assert (found.verdict, found.method) == ("unique", "shared rows")
+    assert found.labels is not None
+    assert torch.cdist(soft.double(), found.labels).amin(1).max() < 1e-5
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_samples_that_hardly_move_the_softmax_are_read_off_the_rows(seed: int) -> None:
-    """Eight layers as torch initialises them bring all photographs nearly to one point."""
-    torch.manual_seed(seed)
-    widths = (3 * 256, 256, 128, 128, 64, 64, 64, 48, 40)
-    layers: list[torch.nn.Module] = [torch.nn.Flatten()]
-    for inputs, outputs in pairwise(widths):
-        layers += [torch.nn.Linear(inputs, outputs), torch.nn.ReLU()]
-    model = torch.nn.Sequential(*layers[:-1])
+    model = deep_network(40, seed)
     images = crops(16, 6, torch.Generator().manual_seed(seed))
     labels = torch.stack([soft_label([(7 * k % 40, 1.0)], 40, 0.1 * (k % 2)) for k in range(6)])
     captured = gradleak.capture(model, images, labels)
