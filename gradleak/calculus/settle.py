@@ -36,6 +36,8 @@ _MOST, _SHARING = 200, 400
 _PATIENCE = 10
 # A channel that leaves that many times the squares of the median has a mistake.
 _OUTLYING = 2.0
+# Without those, there have to be so many times as many equations as unknowns.
+_DETERMINED = 1.02
 # Or it may be rounding: of the gradient, so many times its variance relative to the spacing, and of
 # the arithmetic before, so many roundings of single precision.
 _ROUNDING, _MANY, _ROUNDINGS = 1.0 / 12.0, 4.0, 16.0
@@ -102,7 +104,11 @@ class _Units:
         self.entries = self._matrix.shape[1]
         rows = sum(e.delta.shape[1] * e.window.taps for e in (layer.equations(gate.mask), *others))
         # The input takes up some of what a wrong unit leaves, as of all; this share remains.
-        self.kept = max(1.0 - self._shape[0] * layer.window.places / rows, 0.1)
+        unknowns = self._shape[0] * layer.window.places
+        self.kept = max(1.0 - unknowns / rows, 0.1)
+        # Channels that can be left out, half of them at most.
+        spare = (rows - _DETERMINED * unknowns) / layer.window.taps
+        self.spare = max(min(int(spare), self._shape[1] // 2), 1)
 
     def _flat(self, tensor: Tensor) -> Tensor:
         return tensor.transpose(0, 1).flatten(1)
@@ -179,13 +185,12 @@ def _changed(units: _Units, mask: Tensor, solved: Solution) -> tuple[Tensor, Sol
 
 def _repaired(units: _Units, mask: Tensor, solved: Solution) -> tuple[Tensor, Solution]:
     """Begin the channels that do not fit anew, with the input on which the others agree."""
-    most = max(len(mask) // 2, 1)
     for _ in range(_REPAIRS):
         left = units.left(mask, solved.x)
         noise = units.noise(left)
         bad = left > (_OUTLYING * noise * units.entries + units.rounding())
-        if int(bad.sum()) > most:
-            bad = torch.zeros_like(bad).index_fill(0, left.topk(most).indices, True)
+        if int(bad.sum()) > units.spare:
+            bad = torch.zeros_like(bad).index_fill(0, left.topk(units.spare).indices, True)
         agreed = units.solve(mask, bad) if bool(bad.any()) else solved
         if not bool(bad.any()) or not agreed.determined:
             break

@@ -137,9 +137,9 @@ def _read(
 def _read_shared(
     whole: Subspace, options: LabelOptions, progress: Progress | None
 ) -> tuple[Tensor, Labels] | None:
-    """Return what one way to share classes out makes of the rows, if no other explains them as well.
+    """Return the one way to share classes out that explains the rows.
 
-    Where N is not known, a sample more would leave the same rows.
+    None if another does so as well. Where N is not known, a sample more would leave the same rows.
     """
     explained = []
     for read in read_shared_rows(whole) if options.counted else ():
