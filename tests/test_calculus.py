@@ -235,13 +235,13 @@ def test_float64_gradients_give_float64_maps() -> None:
 
 
 def gated(
-    noise: float, seed: int, closed: float = 0.0
+    noise: float, seed: int, closed: float = 0.0, outputs: int = 40
 ) -> tuple[Tensor, Tensor, Tensor, GatedLayer, Tensor]:
     """Return a rectifier's noisy output with its errors, its mask, and the layer below it."""
     dice = torch.Generator().manual_seed(seed)
     window = Window.of_convolution((6, 6), (3, 3), (1, 1), (1, 1), (1, 1))
     below = crops(6, 16, dice).double().reshape(2, 24, 36)
-    before = torch.randn(2, 40, 36, generator=dice, dtype=torch.float64)
+    before = torch.randn(2, outputs, 36, generator=dice, dtype=torch.float64)
     mask, coefficient = before > 0, torch.randn(before.shape, generator=dice, dtype=torch.float64)
     slope = torch.where(mask, 1.0, closed).double()
     gradient = window.gradient(coefficient * slope, below)
@@ -306,6 +306,15 @@ def test_a_mistaken_unit_is_found_by_the_residual() -> None:
     settled = settle(Gate(odds), layer, [], 1e-9)
     assert bool((settled.mask == mask).all())
     assert settled.changed == 3
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_mistaken_unit_is_found_where_few_equations_are_to_spare(seed: int) -> None:
+    value, std, mask, layer, _ = gated(1e-6, seed, outputs=10)  # 90 for 72 unknowns
+    odds = read_gate(value, std).odds.clamp(-12.0, 12.0)
+    odds[1, 4, 17] = -0.3 * odds[1, 4, 17]
+    settled = settle(Gate(odds), layer, [], 1e-9)
+    assert bool((settled.mask == mask).all())
 
 
 def test_a_pooled_gate_needs_a_3x3_convolution() -> None:

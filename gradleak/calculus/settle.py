@@ -30,6 +30,8 @@ _SURE, _SUREST = 16.0, 60.0
 # Changes that gain that share of the best are made together, one a channel.
 _TOGETHER = 0.5
 _CHANGES, _REPAIRS = 300, 12
+# With that share of equations to spare all units leave as much; without, it is at least the other.
+_PLENTY, _LEAST_KEPT = 0.5, 0.1
 # Changes of one or two units in one channel, and steps towards shares.
 _MOST, _SHARING = 200, 400
 # After so many changes without a smaller residual there is nothing to be found.
@@ -103,9 +105,8 @@ class _Units:
         self.sizes = layer.equations(gate.mask).sizes().square()
         self.entries = self._matrix.shape[1]
         rows = sum(e.delta.shape[1] * e.window.taps for e in (layer.equations(gate.mask), *others))
-        # The input takes up some of what a wrong unit leaves, as of all; this share remains.
         unknowns = self._shape[0] * layer.window.places
-        self.kept = max(1.0 - unknowns / rows, 0.1)
+        self._kept = 1.0 - unknowns / rows
         # Channels that can be left out, half of them at most.
         spare = (rows - _DETERMINED * unknowns) / layer.window.taps
         self.spare = max(min(int(spare), self._shape[1] // 2), 1)
@@ -141,6 +142,33 @@ class _Units:
         rounding = _ROUNDING * self._precision**2 * self.sizes.mean()
         return max(float(left.median()), float(rounding), 1e-300) / self.entries
 
+    def kept(self, mask: Tensor, x: Tensor) -> Tensor | float:
+        """Return (O, U) the share that remains of what a wrong unit leaves, at an input ``x``.
+
+        The input takes up some of it, as of all: where equations are few, more of some than of
+        others, and otherwise a share that is the same for all.
+        """
+        if self._kept > _PLENTY:
+            return self._kept
+        outputs, taps = self._shape[1], self._layer.window.taps
+        matrix = self._layer.equations(self.folded(mask)).matrix()
+        normal = matrix.mT @ matrix
+        for other in self._others:
+            own = other.matrix()
+            normal = normal + own.mT @ own
+        factor, singular = torch.linalg.cholesky_ex(normal)
+        if bool(singular):
+            return max(self._kept, _LEAST_KEPT)
+        half = torch.linalg.solve_triangular(factor, matrix.mT, upper=False)
+        half = half.mT.reshape(outputs, taps, -1)
+        taken = half @ half.mT  # (O, T, T)
+        patches = self._layer.window.patches(x).movedim(3, 1).flatten(0, 1)  # (U, C, T)
+        squares = patches.mT @ patches
+        whole = squares.diagonal(dim1=1, dim2=2).sum(1)
+        share = taken.flatten(1) @ squares.flatten(1).mT / whole.clamp(min=1e-300)
+        kept: Tensor = (1.0 - share).clamp(min=0.0)
+        return kept
+
     def rounding(self) -> Tensor:
         """Return (O,) the squares that rounding may leave of each channel."""
         single = _ROUNDINGS * min(self._precision, torch.finfo(torch.float32).eps)
@@ -148,7 +176,7 @@ class _Units:
         squares: Tensor = max(single, sent) ** 2 * self.sizes.clamp(min=float(self.sizes.mean()))
         return squares
 
-    def gains(self, mask: Tensor, look: _Look, noise: float, kept: float) -> Tensor:
+    def gains(self, mask: Tensor, look: _Look, noise: float, kept: Tensor | float) -> Tensor:
         """Return (O, U) half the squares that units take away by changing sides, with odds."""
         side = 1.0 - 2.0 * mask.to(self.step)
         fits = side * self.step * look.along
@@ -161,10 +189,11 @@ def _changed(units: _Units, mask: Tensor, solved: Solution) -> tuple[Tensor, Sol
     """Change the units that gain most, and solve again, until none gains."""
     plausible = units.odds.abs() < _SURE
     best, best_solved, waited = mask, solved, 0
+    kept = units.kept(mask, solved.x)
     for _ in range(_CHANGES):
         look = units.look(mask, solved.x)
         noise = units.noise(look.left)
-        gains = units.gains(mask, look, noise, units.kept).masked_fill(~plausible, -torch.inf)
+        gains = units.gains(mask, look, noise, kept).masked_fill(~plausible, -torch.inf)
         most, which = gains.max(1)
         threshold = max(_TOGETHER * float(most.max()), noise)
         rows = (most >= threshold).nonzero().flatten()
