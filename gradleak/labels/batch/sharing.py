@@ -22,44 +22,43 @@ from gradleak.labels.batch.subspace import Subspace
 
 # What a label may lack of one and be whole; and a share of a class below this is none.
 _LACK, _SHARE = 0.02, 0.02
-# Readings that are yielded.
-_READINGS = 64
+# Readings that are yielded, times N², since to polish one costs so much the more; and of those that
+# are not complete, how many are gone on with.
+_WORK, _BEGUN = 16384, 4096
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """One row (n,) a sample, times M, and the ``labels`` that it stands for: weights by class."""
+    """Who shares with whom: ``gifts`` (giver, taker, share), in the order in which they were made.
 
-    rows: tuple[Tensor, ...]
-    labels: tuple[dict[int, float], ...]
+    ``weights`` are those that are left in each sample's row; ``single`` are the samples of one
+    class so far. A giver has given all that it lacked.
+    """
 
-    def weight(self, sample: int) -> float:
-        """Return the weight of a sample's row, which is its last entry."""
-        return sum(self.labels[sample].values())
+    weights: tuple[float, ...]
+    single: tuple[bool, ...]
+    gifts: tuple[tuple[int, int, float], ...] = ()
 
-    def cost(self, shares: int) -> int:
-        """Return how many shares a reading has at least, after so many were given."""
-        return shares + sum(self.weight(k) > 1.0 + _LACK for k in range(len(self.labels)))
+    def over(self) -> list[int]:
+        """Return the rows that weigh more than one label does, the heaviest first."""
+        heavy = [k for k, weight in enumerate(self.weights) if weight > 1.0 + _LACK]
+        return sorted(heavy, key=lambda k: -self.weights[k])
 
-    def over(self) -> int | None:
-        """Return the row that weighs most, if that is more than one label does."""
-        heaviest = max(range(len(self.labels)), key=self.weight)
-        return heaviest if self.weight(heaviest) > 1.0 + _LACK else None
+    def after(self, giver: int, taker: int) -> _Reading | None:
+        """Let a sample have in the class of ``taker`` what it lacks; None where that cannot be.
 
-    def gives(self, giver: int, taker: int) -> _Reading | None:
-        """Let a sample have in the class of ``taker`` what it lacks; None where that cannot be."""
-        share = 1.0 - self.weight(giver)
-        left = self.weight(taker) - share
-        single = len(self.labels[giver]) == len(self.labels[taker]) == 1
-        if giver == taker or not single or share < _LACK or left < _SHARE:
+        More than one label may be left to the taker only where three samples share a class.
+        """
+        share = 1.0 - self.weights[giver]
+        left = self.weights[taker] - share
+        single = self.single[giver] and self.single[taker] and giver != taker
+        if not single or share < _LACK or left < _SHARE:
             return None
-        (shared,) = self.labels[taker]
-        rows, labels = list(self.rows), list(self.labels)
-        rows[taker] = rows[taker] - share / self.weight(giver) * rows[giver]
-        rows[giver] = rows[giver] / self.weight(giver)
-        labels[taker] = {shared: left}
-        labels[giver] = {**labels[giver], shared: share}
-        return _Reading(tuple(rows), tuple(labels))
+        if left > 1.0 + _LACK and self.weights[taker] < 2.0:
+            return None
+        weights, alone = list(self.weights), list(self.single)
+        weights[giver], weights[taker], alone[giver] = 1.0, left, False
+        return _Reading(tuple(weights), tuple(alone), (*self.gifts, (giver, taker, share)))
 
 
 def share_out(
@@ -72,50 +71,57 @@ def share_out(
     """
     unit = whole.unit_row
     assert unit is not None
-    heights = (rows @ unit).tolist()
     groups = [(sample == k).nonzero()[:, 0].tolist() for k in range(int(sample.max()) + 1)]
-    first = _Reading(
-        tuple(rows[group].sum(0) for group in groups),
-        tuple({int(classes[k]): heights[k] for k in group} for group in groups),
-    )
-    if first.over() is None:
+    own = torch.stack([rows[group].sum(0) for group in groups])
+    heights = (rows @ unit).tolist()
+    first = _Reading(tuple((own @ unit).tolist()), tuple(len(group) == 1 for group in groups))
+    if not first.over():
         return
-    for reading in _readings(first):
-        stacked = torch.stack(reading.rows)
-        supports, weights = [], []
-        for label in reading.labels:
-            order = sorted(label, key=lambda c: -label[c])
-            supports.append(classes.new_tensor(order))
-            weights.append(rows.new_tensor([label[c] for c in order]))
-        base = torch.ones(len(supports), dtype=torch.bool)
-        labels = labels_of(whole.classes, supports, weights, base)
-        yield stacked / (stacked @ unit)[:, None], labels
+    for reading in itertools.islice(_readings(first), max(1, _WORK // len(groups) ** 2)):
+        left = own.clone()
+        labels = [{int(classes[k]): heights[k] for k in group} for group in groups]
+        for giver, taker, share in reading.gifts:
+            left[giver] = left[giver] / (left[giver] @ unit)
+            left[taker] = left[taker] - share * left[giver]
+            (shared,) = labels[taker]
+            labels[taker][shared] -= share
+            labels[giver][shared] = share
+        yield left / (left @ unit)[:, None], _labels(whole, labels, rows)
+
+
+def _labels(whole: Subspace, labels: list[dict[int, float]], like: Tensor) -> Labels:
+    """Return labels of weights by class, all of them with a base."""
+    supports, weights = [], []
+    for label in labels:
+        order = sorted(label, key=lambda c: -label[c])
+        supports.append(torch.tensor(order, device=like.device))
+        weights.append(like.new_tensor([label[c] for c in order]))
+    base = torch.ones(len(supports), dtype=torch.bool)
+    return labels_of(whole.classes, supports, weights, base)
 
 
 def _readings(first: _Reading) -> Iterator[_Reading]:
-    """Yield the readings of which no row weighs more than a label, those of fewest shares first.
+    """Yield the readings of which no row weighs more than a label, those of fewest gifts first.
 
     Beside what a sample gives to a row that is too heavy, it may give to another whose own sample
     gives to that one in turn.
     """
     count = itertools.count()  # of two that cost the same, the one that was thought of first
-    open_ = [(first.cost(0), next(count), 0, first)]
-    done = 0
-    while open_ and done < _READINGS:
-        _, _, shares, reading = heapq.heappop(open_)
+    open_ = [(0, 0, next(count), first)]
+    everyone = range(len(first.weights))
+    for _ in range(_BEGUN):
+        if not open_:
+            return
+        *_, reading = heapq.heappop(open_)
         over = reading.over()
-        if over is None:
-            done += 1
+        if not over:
             yield reading
             continue
-        for giver, between in itertools.product(range(len(reading.rows)), repeat=2):
-            if between in (giver, over):
-                continue
-            passed = reading.gives(giver, between)
-            ahead = None if passed is None else passed.gives(between, over)
-            if ahead is not None:
-                heapq.heappush(open_, (ahead.cost(shares + 2), next(count), shares + 2, ahead))
-        for giver in range(len(reading.rows)):
-            ahead = reading.gives(giver, over)
-            if ahead is not None:
-                heapq.heappush(open_, (ahead.cost(shares + 1), next(count), shares + 1, ahead))
+        ahead = [reading.after(giver, over[0]) for giver in everyone]
+        for giver, between in itertools.product(everyone, repeat=2):
+            passed = None if between in over else reading.after(giver, between)
+            ahead.append(None if passed is None else passed.after(between, over[0]))
+        for one in ahead:
+            if one is not None:
+                heavy = len(one.over())
+                heapq.heappush(open_, (len(one.gifts) + heavy, heavy, next(count), one))
