@@ -127,6 +127,7 @@ def read_shared_rows(whole: Subspace) -> Iterator[tuple[Tensor, Labels]]:
     rows = whole.left * whole.values
     short, _ = _shortfall(rows - _of_the_mean(whole, unit, rows) / whole.mass, unit)
     labelled = _labelled(short @ unit)
+    labelled = labelled[whole.mass * (short[labelled] @ unit) > _SHARE]
     if not _suffice(whole, labelled):
         return
     height = short[labelled] @ unit
