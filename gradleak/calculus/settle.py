@@ -218,10 +218,10 @@ def _repaired(units: _Units, mask: Tensor, solved: Solution) -> tuple[Tensor, So
         left = units.left(mask, solved.x)
         noise = units.noise(left)
         bad = left > (_OUTLYING * noise * units.entries + units.rounding())
-        if int(bad.sum()) > units.spare:
-            bad = torch.zeros_like(bad).index_fill(0, left.topk(units.spare).indices, True)
-        agreed = units.solve(mask, bad) if bool(bad.any()) else solved
-        if not bool(bad.any()) or not agreed.determined:
+        if not bool(bad.any()):
+            break
+        bad, agreed = _without_worst(units, mask, left, min(int(bad.sum()), units.spare))
+        if not agreed.determined:
             break
         mended = _begun_anew(units, mask, bad, agreed.x)
         if bool((mended == mask).all()):
@@ -231,6 +231,19 @@ def _repaired(units: _Units, mask: Tensor, solved: Solution) -> tuple[Tensor, So
             break
         mask, solved = mended, again
     return mask, solved
+
+
+def _without_worst(
+    units: _Units, mask: Tensor, left: Tensor, count: int
+) -> tuple[Tensor, Solution]:
+    """Leave out the ``count`` channels that leave most (O,), or as many as can be done without."""
+    while True:
+        bad = torch.zeros_like(left, dtype=torch.bool)
+        bad[left.topk(count).indices] = True
+        agreed = units.solve(mask, bad)
+        if agreed.determined or count == 1:
+            return bad, agreed
+        count //= 2
 
 
 def _begun_anew(units: _Units, mask: Tensor, bad: Tensor, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -126,23 +127,14 @@ def _owned(result: LabelResult) -> LabelResult:
 def _read(
     whole: Subspace, options: LabelOptions, progress: Progress | None
 ) -> tuple[Tensor, Labels] | None:
-    """Return coordinates and labels as the rows tell them, if they explain the gradient."""
-    for read in read_rows(whole, counted=options.counted):
-        pruned = prune(whole, *read)
-        if _is_answer(whole, polish(whole, *pruned)):
-            return pruned
-    return None
+    """Return coordinates and labels as the rows tell them, if they explain the gradient.
 
-
-def _read_shared(
-    whole: Subspace, options: LabelOptions, progress: Progress | None
-) -> tuple[Tensor, Labels] | None:
-    """Return the one way to share classes out that explains the rows.
-
-    None if another does so as well. Where N is not known, a sample more would leave the same rows.
+    None if there are other labels that do so as well. Who shares a class with whom is asked only
+    where N is known: a sample more would leave the same rows.
     """
     explained = []
-    for read in read_shared_rows(whole) if options.counted else ():
+    shared = read_shared_rows(whole) if options.counted else ()
+    for read in itertools.chain(read_rows(whole, counted=options.counted), shared):
         solved = polish(whole, *read)
         if _is_answer(whole, solved):
             explained.append(solved)
@@ -176,7 +168,7 @@ def _from_moments(
 
 
 # In this order.
-_DIRECT = {"rows": _read, "shared rows": _read_shared, "moments": _from_moments}
+_DIRECT = {"rows": _read, "moments": _from_moments}
 
 
 def _first_round(
