@@ -283,6 +283,13 @@ def test_the_odds_of_a_gate_are_right() -> None:
         assert abs(share - float(torch.sigmoid(odds[here]).mean())) < 0.1
 
 
+def test_units_that_come_out_as_zero_are_closed() -> None:
+    dice = torch.Generator().manual_seed(0)
+    before = torch.randn(1, 200, 4, generator=dice, dtype=torch.float64)
+    gate = read_gate(before.clamp(min=0.0), torch.full_like(before, 1e-9))
+    assert torch.equal(gate.mask, before > 0.0)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_gate_is_settled_under_a_noisy_gradient(seed: int) -> None:
     value, std, mask, layer, _ = gated(0.01, seed)

@@ -43,7 +43,8 @@ def read_gate(value: Tensor, std: Tensor) -> Gate:
     """
     ratio = value / std
     ratio = ratio / max(1.0, float((-ratio).amax()) / _LARGEST)
-    closed = max(2 * int((ratio < 0.0).sum()), 1)
+    # Of closed units' errors half are negative, and some have none: zero comes out as just that.
+    closed = max(int((ratio <= 0.0).sum()) + int((ratio < 0.0).sum()), 1)
     near = float(((ratio > _FROM) & (ratio < _TO)).sum()) / (_TO - _FROM)
     opened = ratio[ratio > 0.0]
     spread = float(opened.square().mean().sqrt()) if len(opened) else 1.0
