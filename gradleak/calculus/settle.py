@@ -26,7 +26,7 @@ from gradleak.linalg import matmul
 # Where all odds (nats) are longer, as without noise, only channels that do not fit are looked at.
 _DOUBTFUL = 10.0
 # Units whose odds are longer are sure; in a channel that fits nowhere, only these are.
-_SURE, _SUREST = 16.0, 60.0
+_SURE, _SUREST = 16.0, 1000.0
 # Changes that gain that share of the best are made together, one a channel.
 _TOGETHER = 0.5
 _CHANGES, _REPAIRS = 300, 12
