@@ -30,7 +30,8 @@ _SURE, _SUREST = 16.0, 1000.0
 # Changes that gain that share of the best are made together, one a channel.
 _TOGETHER = 0.5
 _CHANGES, _REPAIRS = 300, 12
-# With that share of equations to spare all units leave as much; without, it is at least the other.
+# With that share of the equations to spare, every unit leaves that share of its squares. With fewer
+# it is reckoned for each; where that cannot be done, it is no less than the other.
 _PLENTY, _LEAST_KEPT = 0.5, 0.1
 # Changes of one or two units in one channel, and steps towards shares.
 _MOST, _SHARING = 200, 400
@@ -38,11 +39,11 @@ _MOST, _SHARING = 200, 400
 _PATIENCE = 10
 # A channel that leaves that many times the squares of the median has a mistake.
 _OUTLYING = 2.0
-# Without those, there have to be so many times as many equations as unknowns.
-_DETERMINED = 1.02
 # Or it may be rounding: of the gradient, so many times its variance relative to the spacing, and of
 # the arithmetic before, so many roundings of single precision.
 _ROUNDING, _MANY, _ROUNDINGS = 1.0 / 12.0, 4.0, 16.0
+# Where channels are left out, so many times as many equations as unknowns have to stay.
+_DETERMINED = 1.02
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class _Units:
         self.step = self._flat(layer.step)
         self._base = layer.closed * self._flat(layer.coefficient)
         self._matrix = layer.gradient.flatten(1)
+        self._size = torch.linalg.vector_norm(self._matrix)
         self.sizes = layer.equations(gate.mask).sizes().square()
         self.entries = self._matrix.shape[1]
         rows = sum(e.delta.shape[1] * e.window.taps for e in (layer.equations(gate.mask), *others))
@@ -154,8 +156,8 @@ class _Units:
         matrix = self._layer.equations(self.folded(mask)).matrix()
         normal = matrix.mT @ matrix
         for other in self._others:
-            own = other.matrix()
-            normal = normal + own.mT @ own
+            own, weight = other.matrix(), self._size / other.sizes().norm()  # as they are solved
+            normal = normal + weight.square() * (own.mT @ own)
         factor, singular = torch.linalg.cholesky_ex(normal)
         if bool(singular):
             return max(self._kept, _LEAST_KEPT)

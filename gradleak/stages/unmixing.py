@@ -88,7 +88,9 @@ def _settled(picture: Tensor, span: Tensor) -> Tensor | None:
         levels = levels + move @ span
         if float(move.norm()) <= _STILL * float(levels.norm()):
             break
-    return with_eight_bits((levels / LEVELS).view_as(picture))
+    if float(levels.min()) < -_MEANT or float(levels.max()) > LEVELS + _MEANT:
+        return None  # levels that no picture has
+    return with_eight_bits((levels / LEVELS).clamp(0.0, 1.0).view_as(picture))
 
 
 def _scaled(one: Tensor, normalisation: tuple[Sequence[float], Sequence[float]]) -> Tensor:
